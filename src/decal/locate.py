@@ -25,29 +25,23 @@ def folder(
     path = Path(name)
     if not path.is_dir():
         if path.is_file():
-            raise DecalError(
-                f"the {kind} must be a folder", got=path, fix="Give the folder that holds this file."
-            )
+            raise DecalError(f"the {kind} must be a folder", got=path, fix="Give the folder that holds this file.")
         path = _download(str(name), kind=kind, revision=revision, patterns=patterns)
     if subfolder:
         path = path / subfolder
         if not path.is_dir():
-            raise DecalError(
-                f"no such subfolder in the {kind}", got=path, fix="Check the `subfolder` argument."
-            )
+            raise DecalError(f"no such subfolder in the {kind}", got=path, fix="Check the `subfolder` argument.")
     return path
 
 
 def _download(name: str, *, kind: str, revision: str | None, patterns: Sequence[str] | None) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise DecalError(f"no such {kind} folder", got=name, fix="Check the path.")
     try:
-        return Path(
-            snapshot_download(name, revision=revision, allow_patterns=list(patterns) if patterns else None)
-        )
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns) if patterns else None))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise DecalError(

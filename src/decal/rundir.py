@@ -113,9 +113,7 @@ class RunDir:
     def rewind(self, step: int) -> None:
         """Drop the events of steps after `step`: a resumed run writes them again."""
         kept = [e for e in self.events() if e.get("step", 0) <= step]
-        write_bytes(
-            self.path / EVENTS, "".join(json.dumps(e, ensure_ascii=False) + "\n" for e in kept).encode()
-        )
+        write_bytes(self.path / EVENTS, "".join(json.dumps(e, ensure_ascii=False) + "\n" for e in kept).encode())
 
     def write_manifest(self, manifest: Mapping[str, Any]) -> None:
         write_json(self.path / MANIFEST, dict(manifest))

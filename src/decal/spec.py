@@ -40,9 +40,7 @@ class TaskType(str, Enum):
 class Settings(BaseModel):
     """A frozen group of settings; a wrong one is a ConfigError that names the key and the nearest known one."""
 
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", arbitrary_types_allowed=False, validate_default=True
-    )
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=False, validate_default=True)
 
     def __init__(self, **values: Any) -> None:
         try:
@@ -62,15 +60,11 @@ def config_error(error: ValidationError, model: type[BaseModel]) -> DecalError:
         return inner
     if fault["type"] == "extra_forbidden":
         known = sorted(model.model_fields)
-        return ConfigError(
-            f"unknown setting {here!r}{nearest(here, known)}", fix=f"Known here: {', '.join(known)}."
-        )
+        return ConfigError(f"unknown setting {here!r}{nearest(here, known)}", fix=f"Known here: {', '.join(known)}.")
     if fault["type"] == "missing":
         return ConfigError(f"the setting {here!r} is missing", fix=f"Give {here}.")
     message = fault["msg"].removeprefix("Value error, ")
-    return ConfigError(
-        f"the setting {here!r} is wrong: {message}", got=repr(fault["input"]), fix=f"Correct {here}."
-    )
+    return ConfigError(f"the setting {here!r} is wrong: {message}", got=repr(fault["input"]), fix=f"Correct {here}.")
 
 
 # --- the adapter: PEFT's words -------------------------------------------------------------------------------
@@ -198,9 +192,7 @@ class LoraConfig(PeftConfig):
                     fix="Use True, 'gaussian', False, 'pissa' or 'olora'.",
                 )
         if kept.get("peft_type", "LORA") != "LORA":
-            raise Unsupported(
-                "decal reads LoRA adapters", got=kept["peft_type"], fix="Use PEFT for this adapter."
-            )
+            raise Unsupported("decal reads LoRA adapters", got=kept["peft_type"], fix="Use PEFT for this adapter.")
         if isinstance(kept.get("task_type"), TaskType):
             kept["task_type"] = kept["task_type"].value
         for name in ("rank_pattern", "alpha_pattern"):
@@ -244,9 +236,7 @@ def read_adapter_config(path: Path) -> LoraConfig:
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise AdapterError(
-            f"{ADAPTER_CONFIG} is not JSON: {error}", got=file, fix="Save the adapter again."
-        ) from None
+        raise AdapterError(f"{ADAPTER_CONFIG} is not JSON: {error}", got=file, fix="Save the adapter again.") from None
     if not isinstance(values, dict):
         raise AdapterError(
             f"{ADAPTER_CONFIG} must hold an object", got=type(values).__name__, fix="Save the adapter again."
@@ -264,12 +254,8 @@ class DataConfig(Settings):
     split: str = "train"
     eval_path: str | None = None
     eval_split: str | None = None
-    eval_rows: int = Field(
-        default=0, ge=0
-    )  # held out of the training rows when no eval_path or eval_split is given
-    shape: Literal["auto", "messages", "prompt_completion", "instruction", "sharegpt", "text", "template"] = (
-        "auto"
-    )
+    eval_rows: int = Field(default=0, ge=0)  # held out of the training rows when no eval_path or eval_split is given
+    shape: Literal["auto", "messages", "prompt_completion", "instruction", "sharegpt", "text", "template"] = "auto"
     template: str | None = None  # "{{text}} -> {{label}}": what stands before the last column is the prompt
     chat_template: str | None = None  # a Jinja file that replaces the tokenizer's own
     loss_on: Literal["assistant", "all"] = "assistant"
@@ -343,9 +329,7 @@ def read_run_config(
     merged: dict[str, Any] = {}
     if path is not None:
         if not path.is_file():
-            raise ConfigError(
-                "no such settings file", got=path, fix="Give a YAML file, or --model and --data."
-            )
+            raise ConfigError("no such settings file", got=path, fix="Give a YAML file, or --model and --data.")
         try:
             loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
         except yaml.YAMLError as error:
@@ -381,8 +365,6 @@ def _lay(target: dict[str, Any], keys: Sequence[str], value: Any) -> None:
     for key in keys[:-1]:
         inner = target.setdefault(key, {})
         if not isinstance(inner, dict):
-            raise ConfigError(
-                f"{'.'.join(keys)!r} is not a setting", fix=f"{key!r} holds a value, not a group."
-            )
+            raise ConfigError(f"{'.'.join(keys)!r} is not a setting", fix=f"{key!r} holds a value, not a group.")
         target = inner
     target[keys[-1]] = value

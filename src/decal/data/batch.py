@@ -1,0 +1,43 @@
+"""One batch as the model and the loss see it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+IGNORE = -100  # the label of a token outside the loss, transformers' convention
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """Token tensors of one micro-batch, each (B, T); labels are not shifted (transformers' convention).
+
+    `position_ids` restart at 0 with every sample, which is how transformers keeps packed samples from attending to
+    each other; it is None where every row is one sample from its first column (the plain causal mask, faster).
+    """
+
+    input_ids: Tensor
+    labels: Tensor
+    position_ids: Tensor | None
+    samples: int
+
+    @property
+    def tokens(self) -> int:
+        """Tokens the model reads, padding included."""
+        return self.input_ids.numel()
+
+    @property
+    def loss_tokens(self) -> int:
+        """Tokens that are predicted and learnt: labels after the first column that are not IGNORE."""
+        return int((self.labels[:, 1:] != IGNORE).sum())
+
+    def to(self, device: torch.device) -> Batch:
+        """Return the batch on `device`."""
+        return Batch(
+            input_ids=self.input_ids.to(device),
+            labels=self.labels.to(device),
+            position_ids=None if self.position_ids is None else self.position_ids.to(device),
+            samples=self.samples,
+        )
