@@ -1,0 +1,93 @@
+"""PEFT's adapter folder: `adapter_config.json` and `adapter_model.safetensors`, read and written strictly.
+
+Keys are `base_model.model.<layer>.<part>` without the adapter's name, for example
+`base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight` (r, in).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from decal import rundir
+from decal.errors import AdapterError, nearest
+from decal.spec import ADAPTER_CONFIG, LoraConfig, read_adapter_config
+
+WEIGHTS = "adapter_model.safetensors"
+PREFIX = "base_model.model."
+PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth", "pytorch_model.bin")
+PATTERNS = (ADAPTER_CONFIG, WEIGHTS)  # what an adapter needs from a hub repository
+
+
+def write(folder: Path, config: LoraConfig, tensors: Mapping[str, Tensor]) -> None:
+    """Write one adapter. `tensors` are keyed without the prefix. Raises AdapterError for NaN and for empty tensors."""
+    refuse_broken(tensors, where="the adapter to be saved")
+    state = {f"{PREFIX}{key}": tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+    rundir.write_bytes(folder / WEIGHTS, save(state, metadata={"format": "pt"}))
+    rundir.write_json(folder / ADAPTER_CONFIG, config.to_dict())
+
+
+def read(folder: Path) -> tuple[LoraConfig, dict[str, Tensor]]:
+    """Read one adapter; keys come back without the prefix. Raises AdapterError for anything damaged or pickled."""
+    config = read_adapter_config(folder)
+    return config, read_tensors(folder)
+
+
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """Read the tensors of an adapter folder, keyed without the prefix, on the CPU."""
+    file = folder / WEIGHTS
+    if not file.is_file():
+        pickles = [name for name in PICKLES if (folder / name).is_file()]
+        if pickles:
+            raise AdapterError(
+                "the adapter is a pickle, which can run code when it is read; decal never opens one",
+                got=folder / pickles[0],
+                fix=f"Convert it where you trust it: load it with PEFT and save it with safe_serialization=True ({WEIGHTS}).",
+            )
+        raise AdapterError(f"no {WEIGHTS} in the adapter folder", got=folder, fix="Save the adapter again.")
+    try:
+        with safe_open(file, framework="pt", device="cpu") as handle:
+            tensors = {key.removeprefix(PREFIX): handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise AdapterError(
+            f"{WEIGHTS} is damaged or cut short ({error})", got=file, fix="Copy or download the file again."
+        ) from None
+    refuse_broken(tensors, where=str(file))
+    return tensors
+
+
+def refuse_broken(tensors: Mapping[str, Tensor], *, where: str) -> None:
+    """Raise AdapterError if a tensor is empty or holds NaN or infinity."""
+    for key, tensor in tensors.items():
+        if tensor.numel() == 0:
+            raise AdapterError(
+                f"{key} in {where} is empty", got=tuple(tensor.shape), fix="Gather shards before saving."
+            )
+        if not torch.isfinite(tensor).all():
+            bad = int((~torch.isfinite(tensor)).sum())
+            raise AdapterError(
+                f"{key} in {where} holds {bad} NaN or infinite values of {tensor.numel()}",
+                fix="The run diverged: go back to an earlier checkpoint, lower the learning rate.",
+            )
+
+
+def match(expected: Iterable[str], given: Mapping[str, Tensor], *, where: str) -> None:
+    """Raise AdapterError unless the file's keys are exactly the ones that the model expects."""
+    wanted, have = set(expected), set(given)
+    missing, extra = sorted(wanted - have), sorted(have - wanted)
+    if not (missing or extra):
+        return
+    parts = []
+    if missing:
+        parts.append(f"{len(missing)} missing, such as {missing[0]!r}{nearest(missing[0], extra)}")
+    if extra:
+        parts.append(f"{len(extra)} that the model has no place for, such as {extra[0]!r}")
+    raise AdapterError(
+        f"the tensors of {where} do not fit: {'; '.join(parts)}",
+        fix="Load the adapter on the model that it was trained on. Run: decal inspect ADAPTER.",
+    )

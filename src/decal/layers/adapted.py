@@ -1,0 +1,199 @@
+"""AdaptedLinear: the one place where a frozen weight and its changes meet.
+
+Three ways to the same output, chosen by what the batch needs:
+1. merge on the fly: form W + s·B·A in a shared buffer and multiply once;
+2. side branch: base.matmul(x) + the sum of the deltas;
+3. routed: tokens of one batch belong to different adapters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from decal.layers.lora import LoRA
+from decal.layers.routing import Switch
+from decal.layers.seams import Base
+from decal.ops import merged, routed
+
+# Way 1 rewrites W' for every product: below this many rows that costs more than the side branch saves.
+# Measured with benchmarks/merge_rows.py on 2 AVX2 cores.
+MERGE_ROWS = {"cpu": 128, "cuda": 1024}
+WIDE = (torch.float32, torch.float64)
+
+
+class Adapted(nn.Module):
+    """A layer with named adapters: registers their parts under PEFT's names and keeps track of what is merged."""
+
+    def __init__(self, layer: nn.Module, base: Base, switch: Switch) -> None:
+        super().__init__()
+        self.base_layer = layer
+        self.base = base
+        self.switch = switch
+        self.adapters: dict[str, LoRA] = {}
+        self._original: Tensor | None = None
+
+    def add(self, name: str, adapter: LoRA) -> None:
+        """Register `adapter` as `name`; its parts appear as `lora_A.<name>`, `lora_B.<name>`, ..."""
+        for kind, part in adapter.slots().items():
+            if not hasattr(self, kind):
+                self.add_module(kind, nn.ModuleDict() if isinstance(part, nn.Module) else nn.ParameterDict())
+            container = getattr(self, kind)
+            container[name] = part
+            if isinstance(part, nn.Module):
+                part.train(self.training)
+            else:
+                adapter.housed(kind, container, name)
+        self.adapters[name] = adapter
+
+    def remove(self, name: str) -> None:
+        """Forget the adapter `name`, if it is here."""
+        adapter = self.adapters.pop(name, None)
+        if adapter is not None:
+            for kind in adapter.slots():
+                del getattr(self, kind)[name]
+
+    def trainable(self, name: str) -> list[nn.Parameter]:
+        """Return the parameters of adapter `name` that training moves."""
+        parts = [part for kind, part in self.adapters[name].slots().items() if not kind.startswith("lora_start")]
+        return [p for part in parts for p in (part.parameters() if isinstance(part, nn.Module) else [part])]
+
+    # What PEFT's layers answer, too.
+
+    def get_base_layer(self) -> nn.Module:
+        return self.base_layer
+
+    @property
+    def weight(self) -> Tensor:
+        weight: Tensor = self.base_layer.weight
+        return weight
+
+    @property
+    def scaling(self) -> dict[str, float]:
+        return {name: adapter.scale for name, adapter in self.adapters.items()}
+
+    @property
+    def r(self) -> dict[str, int]:
+        return {name: adapter.rank for name, adapter in self.adapters.items()}
+
+    @property
+    def lora_alpha(self) -> dict[str, float]:
+        return {name: adapter.alpha for name, adapter in self.adapters.items()}
+
+    @property
+    def active_adapters(self) -> list[str]:
+        return [name for name in self.switch.active if name in self.adapters]
+
+    @torch.no_grad()
+    def merge(self, names: Sequence[str]) -> None:
+        """Write W + the sum of the changes of `names` into the base layer, rounded once; keeps W for `unmerge`."""
+        present = [self.adapters[name] for name in names if name in self.adapters]
+        if not present:
+            return
+        dtype = torch.float64 if self.base.dtype == torch.float64 else torch.float32
+        change = sum(adapter.delta_weight(self.base).to(dtype) for adapter in present)
+        self._original = self.base.dense(self.base.dtype).clone()
+        self.base.write(self.base.dense(dtype) + change)
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Put the weight back that `merge` kept: the same bits."""
+        if self._original is not None:
+            self.base.write(self._original)
+            self._original = None
+
+    def forget_original(self) -> None:
+        """Give up the way back after a merge."""
+        self._original = None
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """Return what `adapter` adds to the weight, (out, in) in fp32 or wider."""
+        return self.adapters[adapter].delta_weight(self.base)
+
+
+class AdaptedLinear(Adapted):
+    """A frozen linear layer (in any Base format) with any number of adapters."""
+
+    def __init__(self, layer: nn.Module, base: Base, switch: Switch) -> None:
+        super().__init__(layer, base, switch)
+        self._stack: tuple[object, Tensor, Tensor] | None = None
+
+    @property
+    def in_features(self) -> int:
+        return self.base.in_features
+
+    @property
+    def out_features(self) -> int:
+        return self.base.out_features
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.base.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out)."""
+        if self.switch.routing is not None and not (self.switch.disabled or self.switch.merged):
+            return self._routed(x)
+        active = [self.adapters[name] for name in self.switch.on(self.adapters)]
+        if len(active) == 1 and self._may_merge(x):
+            factors = active[0].factors()
+            if factors is not None:
+                A, B, s = factors
+                base = self.base
+                return merged.merged_linear(x, A, B, base.bias, s, lambda a, b, t: base.dense_plus(a, b, s, t))
+        y = self.base.matmul(x)
+        if active:
+            change = active[0].delta(x, y, self.base)
+            for adapter in active[1:]:
+                change = change + adapter.delta(x, y, self.base)
+            y = (y + change).to(y.dtype)
+        return y if self.base.bias is None else y + self.base.bias
+
+    def _may_merge(self, x: Tensor) -> bool:
+        """Whether forming W' is exact enough (fp32, or W off the 16-bit grid) and pays for this many rows."""
+        autocast = torch.is_autocast_enabled(x.device.type)
+        compute = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
+        exact = compute in WIDE or not self.base.on_output_grid
+        return exact and x.numel() // x.shape[-1] >= MERGE_ROWS.get(x.device.type, MERGE_ROWS["cuda"])
+
+    def _routed(self, x: Tensor) -> Tensor:
+        """Way 3: the base once for all tokens, then each adapter's change on its own tokens."""
+        routing = self.switch.routing
+        assert routing is not None
+        y = self.base.matmul(x)
+        names = [name for name in routing.adapters if name in self.adapters]
+        plain = [name for name in names if self.adapters[name].factors() is not None]
+        change_NO = x.new_zeros(()) if not names else None
+        x_NI, y_NO = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
+        if plain:
+            A, B = self._stacked(plain)
+            x_NI = x_NI.to(A.dtype)
+            columns = []
+            for name in plain:
+                scales = routing.scales(name, x)[:, None].to(A.dtype)
+                rank = (self.adapters[name].factors() or (A, B, 0.0))[0].shape[0]
+                columns.append((scales * self.adapters[name].scale).expand(-1, rank))
+            change_NO = routed.delta(x_NI, A, B, torch.cat(columns, dim=1))
+        for name in names:
+            if name not in plain:
+                scales = routing.scales(name, x)
+                here = scales.nonzero().flatten()
+                part = self.adapters[name].delta(x_NI[here], y_NO[here], self.base) * scales[here, None]
+                whole = torch.zeros_like(y_NO, dtype=part.dtype).index_add(0, here, part)
+                change_NO = whole if change_NO is None else change_NO + whole
+        assert change_NO is not None
+        y = (y_NO + change_NO).to(y.dtype).reshape(y.shape)
+        return y if self.base.bias is None else y + self.base.bias
+
+    def _stacked(self, names: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Return all A stacked (sum r, in) and all B side by side (out, sum r); kept between calls in inference."""
+        factors = [self.adapters[name].factors() for name in names]
+        As, Bs = [f[0] for f in factors if f], [f[1] for f in factors if f]
+        if torch.is_grad_enabled():
+            return torch.cat(As), torch.cat(Bs, dim=1)
+        key = tuple((id(t), t._version, t.data_ptr()) for t in (*As, *Bs))
+        if self._stack is None or self._stack[0] != key:
+            self._stack = (key, torch.cat(As), torch.cat(Bs, dim=1))
+        return self._stack[1], self._stack[2]

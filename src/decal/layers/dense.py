@@ -1,0 +1,82 @@
+"""Frozen weights stored as they are: torch's Linear, and GPT-2's Conv1D, which stores the transpose."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from decal.layers import workspace
+from decal.ops import merged
+
+SIXTEEN_BIT = (torch.float16, torch.bfloat16)
+
+
+class DenseBase:
+    """A view of an nn.Linear as a Base; the Linear keeps the parameters."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        self.layer = layer
+
+    @property
+    def weight(self) -> Tensor:
+        """W (out, in), the stored values."""
+        weight: Tensor = self.layer.weight
+        return weight
+
+    @property
+    def in_features(self) -> int:
+        return self.weight.shape[1]
+
+    @property
+    def out_features(self) -> int:
+        return self.weight.shape[0]
+
+    @property
+    def bias(self) -> Tensor | None:
+        bias: Tensor | None = self.layer.bias
+        return bias
+
+    @property
+    def device(self) -> torch.device:
+        return self.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.weight.dtype
+
+    @property
+    def on_output_grid(self) -> bool:
+        return self.dtype in SIXTEEN_BIT
+
+    def matmul(self, x: Tensor) -> Tensor:
+        if x.dtype == self.dtype or torch.is_autocast_enabled(x.device.type):
+            return F.linear(x, self.weight)
+        return merged.frozen_linear(x, self._widened)
+
+    def _widened(self, dtype: torch.dtype) -> Tensor:
+        W = self.weight
+        return workspace.buffer(tuple(W.shape), dtype, W.device).copy_(W)
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        return self.weight.detach().to(dtype)
+
+    def dense_plus(self, A: Tensor, B: Tensor, s: float, dtype: torch.dtype) -> Tensor:
+        W = self.weight.detach()
+        out = workspace.buffer(tuple(W.shape), dtype, W.device)
+        A, B = A.detach().to(dtype), B.detach().to(dtype)
+        if W.dtype == dtype:
+            return torch.addmm(W, B, A, alpha=s, out=out)
+        return out.copy_(W).addmm_(B, A, alpha=s)
+
+    def write(self, W: Tensor) -> None:
+        self.weight.data.copy_(W)
+
+
+class Conv1DBase(DenseBase):
+    """A view of transformers' Conv1D (GPT-2), which stores W transposed, (in, out)."""
+
+    @property
+    def weight(self) -> Tensor:
+        weight: Tensor = self.layer.weight
+        return weight.T

@@ -1,0 +1,132 @@
+"""Which tokens of a batch use which adapter, and the switch that all adapted layers of one model share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from decal.errors import DecalError
+
+BASE = "__base__"  # PEFT's name for "no adapter" in `adapter_names`
+
+
+@dataclass(frozen=True, kw_only=True)
+class Segment:
+    """Tokens [start, stop) of one row of the batch that use one adapter; stop None means to the end of the row."""
+
+    row: int
+    adapter: str
+    start: int = 0
+    stop: int | None = None
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class Routing:
+    """The segments of one batch of `rows` rows. Tokens under no segment use the base alone."""
+
+    rows: int
+    segments: tuple[Segment, ...]
+    _scales: dict[tuple[str, int, torch.device, torch.dtype], Tensor] = field(
+        default_factory=dict, repr=False, compare=False
+    )
+
+    @classmethod
+    def by_row(cls, names: Sequence[str]) -> Routing:
+        """Return the routing of PEFT's `adapter_names`: one adapter, or "__base__", for each row."""
+        segments = (Segment(row=row, adapter=name) for row, name in enumerate(names) if name != BASE)
+        return cls(len(names), tuple(segments))
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """The adapters in use, each once, in order of first use."""
+        return tuple(dict.fromkeys(segment.adapter for segment in self.segments))
+
+    def expand(self, copies: int) -> Routing:
+        """Return the routing of a batch in which each row stands `copies` times in a row (beams, several returns)."""
+        repeated = (
+            Segment(row=s.row * copies + i, adapter=s.adapter, start=s.start, stop=s.stop, weight=s.weight)
+            for s in self.segments
+            for i in range(copies)
+        )
+        return Routing(self.rows * copies, tuple(repeated))
+
+    def scales(self, adapter: str, x: Tensor) -> Tensor:
+        """Return the weight of `adapter` for each token of x, (rows * T,); x is (rows, T, ...).
+
+        Raises DecalError for a shape whose tokens cannot be told apart (experts that see a shuffled part of them).
+        """
+        if x.dim() < 2 or x.shape[0] != self.rows:
+            raise DecalError(
+                f"a layer saw {tuple(x.shape)}, which the routing of {self.rows} rows does not cover",
+                fix="Layers that mix the rows of a batch (experts, pooled inputs) cannot be routed: one adapter a batch.",
+            )
+        length = x.shape[1] if x.dim() > 2 else 1
+        key = (adapter, length, x.device, x.dtype)
+        if key not in self._scales:
+            scales = torch.zeros(self.rows, length, dtype=x.dtype)
+            for s in self.segments:
+                if s.adapter == adapter:
+                    if s.stop is not None and s.stop > length:
+                        raise DecalError(
+                            f"a segment ends at token {s.stop} of a row of {length}",
+                            fix="Segments with an end route one forward pass over whole rows.",
+                        )
+                    scales[s.row, s.start : s.stop] += s.weight
+            self._scales[key] = scales.flatten().to(x.device)
+        return self._scales[key]
+
+
+class Switch:
+    """What is on in one model right now; shared by all its adapted layers, so that switching is one assignment."""
+
+    def __init__(self) -> None:
+        self.active: tuple[str, ...] = ()
+        self.disabled = False
+        self.routing: Routing | None = None
+        self.merged: tuple[str, ...] = ()
+
+    def on(self, present: Iterable[str]) -> list[str]:
+        """Return the adapters of `present` whose change is to be added to the output now."""
+        if self.disabled or self.merged:
+            return []
+        return [name for name in self.active if name in present]
+
+    @contextmanager
+    def routed(self, routing: Routing | None) -> Iterator[None]:
+        """Use `routing` inside the block."""
+        before, self.routing = self.routing, routing
+        try:
+            yield
+        finally:
+            self.routing = before
+
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        """Use the base alone inside the block."""
+        before, self.disabled = self.disabled, True
+        try:
+            yield
+        finally:
+            self.disabled = before
+
+    def checkpoint_contexts(self) -> tuple[object, object]:
+        """The `context_fn` of torch's checkpoint: what is in force at forward is in force again at recompute."""
+        return self._forward_context(), self._recompute_context(self.routing, self.active, self.disabled)
+
+    @contextmanager
+    def _forward_context(self) -> Iterator[None]:
+        yield
+
+    @contextmanager
+    def _recompute_context(self, routing: Routing | None, active: tuple[str, ...], disabled: bool) -> Iterator[None]:
+        before = self.routing, self.active, self.disabled
+        self.routing, self.active, self.disabled = routing, active, disabled
+        try:
+            yield
+        finally:
+            self.routing, self.active, self.disabled = before

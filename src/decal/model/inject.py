@@ -1,0 +1,233 @@
+"""Put one adapter into a model: wrap the layers that it names, and make its tensors or leave room for a file's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Generator, nn
+
+from decal.errors import AdapterError, TargetError, Unsupported
+from decal.layers.adapted import Adapted, AdaptedLinear
+from decal.layers.catalog import ADAPTERS, EMBEDDING_ADAPTERS, adapter_kind, base_of
+from decal.layers.embedding import AdaptedEmbedding, EmbeddingBase, EmbeddingLoRA, TiedLoRA
+from decal.layers.lora import LoRA
+from decal.layers.replaced import ReplacedModule
+from decal.layers.routing import Switch
+from decal.layers.seams import Base
+from decal.layers.tokens import TiedTokenRows, TokenRows
+from decal.model import targets
+from decal.model.targets import Target, original
+from decal.spec import LoraConfig
+
+Wrapper = Adapted | ReplacedModule | TokenRows
+TIE = "Set ensure_weight_tying=True to adapt both, or untie them (config.tie_word_embeddings=False and a copy of the weight)."
+
+
+@dataclass(kw_only=True)
+class Injection:
+    """One adapter on its way into a model. `run` returns the layers that then carry it, by full name.
+
+    With `init=False` the factors stay on the meta device, to be filled from a file. Adapters of 16-bit weights are
+    fp32 unless `fp32_adapters` is off. Nothing in the model is changed before all targets have been checked.
+    """
+
+    model: nn.Module
+    config: LoraConfig
+    name: str
+    switch: Switch
+    generator: Generator | None = None
+    fp32_adapters: bool = True
+    init: bool = True
+    strict: bool = True
+    notes: tuple[str, ...] = ()
+    layers: dict[str, Wrapper] = field(default_factory=dict)
+
+    def run(self) -> dict[str, Wrapper]:
+        resolved = targets.resolve(self.model, self.config, strict=self.strict)
+        self.notes = resolved.notes
+        tied = tied_pair(self.model)
+        tokens = self._token_targets()
+        self._check(resolved, tied, tokens)
+        for target in resolved.targets:
+            if tied is None or target.name not in tied:
+                self._adapt(target)
+        if tied is not None and any(t.name in tied for t in resolved.targets):
+            self._adapt_tied(tied, next(t for t in resolved.targets if t.name in tied))
+        for name in resolved.replaced:
+            self._replace(name, tied)
+        for name, indices in tokens.items():
+            self._train_rows(name, indices, tied)
+        return self.layers
+
+    # Checks, before anything is changed.
+
+    def _check(
+        self, resolved: targets.Resolved, tied: tuple[str, str] | None, tokens: dict[str, tuple[int, ...]]
+    ) -> None:
+        for target in resolved.targets:
+            weight = original(self.model.get_submodule(target.name)).weight
+            if weight.device.type == "meta" and not _all_meta(self.model):
+                raise TargetError(
+                    f"{target.name!r} is offloaded (its weight is on the meta device)",
+                    fix="Load the model without offloading: a device_map that fits, or a smaller model.",
+                )
+        if tied is not None and not self.config.ensure_weight_tying:
+            for kind, names in (
+                ("target_modules", [t.name for t in resolved.targets]),
+                ("modules_to_save", resolved.replaced),
+            ):
+                if hit := [name for name in names if name in tied]:
+                    raise TargetError(f"{kind} names {hit}, which shares its weight with {_other(tied, hit)}", fix=TIE)
+        if self.config.use_dora and self.config.init_lora_weights in ("pissa", "olora"):
+            raise Unsupported(
+                "use_dora with a PiSSA or OLoRA start has no saved form that other readers apply",
+                fix="Use init_lora_weights=True with DoRA.",
+            )
+        for name in tokens:
+            if any(t.name == name for t in resolved.targets) or name in resolved.replaced:
+                raise Unsupported(
+                    f"{name!r} is both a target and under trainable_token_indices", fix="Choose one of the two."
+                )
+
+    # Linear layers and embeddings.
+
+    def _adapt(self, target: Target) -> Adapted:
+        layer = self.model.get_submodule(target.name)
+        if not isinstance(layer, Adapted):
+            base = base_of(layer)
+            wrapper = AdaptedEmbedding(layer, self.switch) if base is None else AdaptedLinear(layer, base, self.switch)
+            layer = wrap(self.model, target.name, wrapper)
+        layer.add(self.name, self._adapter(layer.base, target, embedding=isinstance(layer, AdaptedEmbedding)))
+        self.layers[target.name] = layer
+        return layer
+
+    def _adapter(self, base: Base, target: Target, *, embedding: bool) -> LoRA:
+        table = EMBEDDING_ADAPTERS if embedding else ADAPTERS
+        kind = adapter_kind(self.config)
+        if kind not in table:
+            raise Unsupported(
+                f"init_lora_weights={self.config.init_lora_weights!r} does not apply to the embedding {target.name!r}",
+                fix="Leave the embedding out of target_modules, or use init_lora_weights=True.",
+            )
+        dtype = self._dtype(base.dtype)
+        adapter = table[kind](base, self.config, rank=target.rank, alpha=target.alpha, dtype=dtype)
+        if self.init and base.device.type != "meta":
+            adapter.init(base, self.config, self.generator)
+        return adapter
+
+    def _dtype(self, stored: torch.dtype) -> torch.dtype:
+        if stored == torch.float64 or (stored.is_floating_point and stored.itemsize > 1 and not self.fp32_adapters):
+            return stored
+        return torch.float32
+
+    def _adapt_tied(self, tied: tuple[str, str], asked: Target) -> None:
+        """Adapt the embedding and let the head follow: one change, two sides."""
+        embedding_name, head_name = tied
+        embedding = self._adapt(Target(name=embedding_name, rank=asked.rank, alpha=asked.alpha))
+        owner = embedding.adapters[self.name]
+        if not isinstance(owner, EmbeddingLoRA) or self.config.use_dora:
+            raise Unsupported("DoRA on a tied pair", fix="Use plain LoRA there, or untie the pair.")
+        head = self.model.get_submodule(head_name)
+        if not isinstance(head, AdaptedLinear):
+            base = base_of(head)
+            assert base is not None, "a head that shares an embedding's weight is a Linear"
+            head = wrap(self.model, head_name, AdaptedLinear(head, base, self.switch))
+        head.add(self.name, TiedLoRA(owner))
+        self.layers[head_name] = head
+
+    # What is not a low-rank change.
+
+    def _replace(self, name: str, tied: tuple[str, str] | None) -> None:
+        module = self.model.get_submodule(name)
+        if not isinstance(module, ReplacedModule):
+            module = wrap(self.model, name, ReplacedModule(module, self.switch))
+        module.add(self.name)
+        self.layers[name] = module
+        if tied is not None and name in tied:
+            other_name = _other(tied, [name])
+            other = self.model.get_submodule(other_name)
+            if not isinstance(other, ReplacedModule):
+                other = wrap(self.model, other_name, ReplacedModule(other, self.switch))
+            other.add(self.name, tied_to=module.modules_to_save[self.name])
+            self.layers[other_name] = other
+
+    def _token_targets(self) -> dict[str, tuple[int, ...]]:
+        """Return {embedding's full name: token ids}; a bare list of ids means the input embedding."""
+        wanted = self.config.trainable_token_indices
+        if wanted is None:
+            return {}
+        found = dict(targets.modules(self.model))
+        if isinstance(wanted, list):
+            embedding = original(self.model.get_input_embeddings())  # type: ignore[operator]  # transformers' method
+            return {next(n for n, m in found.items() if original(m) is embedding): tuple(wanted)}
+        chosen: dict[str, tuple[int, ...]] = {}
+        for key, ids in wanted.items():
+            names = [
+                n
+                for n, m in found.items()
+                if (n == key or n.endswith(f".{key}")) and isinstance(original(m), nn.Embedding)
+            ]
+            if not names:
+                raise TargetError(f"trainable_token_indices {key!r} matched no embedding", fix="Name the embedding.")
+            chosen.update(dict.fromkeys(names, tuple(ids)))
+        return chosen
+
+    def _train_rows(self, name: str, indices: tuple[int, ...], tied: tuple[str, str] | None) -> None:
+        module = self.model.get_submodule(name)
+        table = original(module).weight
+        if not indices or min(indices) < 0 or max(indices) >= table.shape[0]:
+            raise AdapterError(
+                "trainable_token_indices must be ids of the vocabulary",
+                got=indices,
+                fix=f"Use 0 to {table.shape[0] - 1}.",
+            )
+        if not isinstance(module, TokenRows):
+            module = wrap(self.model, name, TokenRows(module, self.switch))
+        module.add(self.name, indices, self._dtype(table.dtype))
+        self.layers[name] = module
+        if tied is not None and name == tied[0]:
+            head = self.model.get_submodule(tied[1])
+            if not isinstance(head, TiedTokenRows):
+                wrap(self.model, tied[1], TiedTokenRows(head, module))
+
+
+def wrap(model: nn.Module, name: str, wrapper: Adapted | ReplacedModule | TokenRows | TiedTokenRows) -> nn.Module:
+    """Put `wrapper` in the place of the module `name`; accelerate's hooks move to it. Returns the wrapper."""
+    layer = model.get_submodule(name)
+    hook = getattr(layer, "_hf_hook", None)
+    if hook is not None:
+        from accelerate.hooks import add_hook_to_module, remove_hook_from_module
+
+        remove_hook_from_module(layer)
+        add_hook_to_module(wrapper, hook)
+    wrapper.train(layer.training)
+    place(model, name, wrapper)
+    return wrapper
+
+
+def place(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Make `module` the submodule `name` of `model`."""
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
+def tied_pair(model: nn.Module) -> tuple[str, str] | None:
+    """Return the full names of the input embedding and the output head if they share one weight, else None."""
+    found = {id(original(m)): n for n, m in targets.modules(model)}
+    get = getattr(model, "get_input_embeddings", None)
+    embedding = original(get()) if get else None
+    head = targets.output_head(model)
+    if head is None or embedding is None or id(embedding) not in found or id(head) not in found:
+        return None
+    if getattr(head, "weight", None) is not getattr(embedding, "weight", 0):
+        return None
+    return found[id(embedding)], found[id(head)]
+
+
+def _other(tied: tuple[str, str], names: list[str]) -> str:
+    return tied[1] if names[0] == tied[0] else tied[0]
+
+
+def _all_meta(model: nn.Module) -> bool:
+    return all(p.device.type == "meta" for p in model.parameters())

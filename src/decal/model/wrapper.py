@@ -1,0 +1,488 @@
+"""PeftModel: a transformers model with named adapters, under PEFT's names and with PEFT's meaning."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Generator, Tensor, nn
+
+from decal import locate
+from decal.errors import AdapterError, DecalError, Unsupported, nearest
+from decal.files import peft_files
+from decal.layers.adapted import Adapted
+from decal.layers.replaced import ReplacedModule
+from decal.layers.routing import BASE, Routing, Switch
+from decal.layers.tokens import TiedTokenRows, TokenRows
+from decal.model import saved, targets
+from decal.model.biases import TrainedBiases
+from decal.model.inject import Injection, Wrapper, place
+from decal.spec import LoraConfig, TaskType
+
+
+class LoadResult(NamedTuple):
+    """What loading left over; both empty, because decal refuses an adapter that does not fit exactly."""
+
+    missing_keys: list[str]
+    unexpected_keys: list[str]
+
+
+class Adapters(nn.Module):
+    """The layer between PeftModel and the model, so that parameter names equal PEFT's (`base_model.model.`...)."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self._modules["model"], name)
+
+
+class PeftModel(nn.Module):
+    """A model whose frozen weights carry named, switchable changes. Make one with `get_peft_model`."""
+
+    peft_type = "LORA"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        peft_config: LoraConfig,
+        adapter_name: str = "default",
+        *,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        generator: Generator | None = None,
+    ) -> None:
+        super().__init__()
+        if isinstance(model, PeftModel) or any(isinstance(m, Adapted) for m in model.modules()):
+            raise DecalError(
+                "the model already has adapters", fix="Use model.add_adapter(name, config), or unload first."
+            )
+        model.requires_grad_(False)
+        self.base_model = Adapters(model)
+        self.switch = Switch()
+        self.biases = TrainedBiases()
+        self.peft_config: dict[str, LoraConfig] = {}
+        self.notes: list[str] = []
+        self._carriers: dict[str, dict[str, Wrapper]] = {}
+        self._add(
+            adapter_name,
+            peft_config,
+            generator=generator,
+            fp32=autocast_adapter_dtype,
+            init=not low_cpu_mem_usage,
+        )
+        self.set_adapter(adapter_name, inference_mode=peft_config.inference_mode)
+
+    # Adding and choosing adapters.
+
+    def _add(
+        self,
+        name: str,
+        config: LoraConfig,
+        *,
+        generator: Generator | None = None,
+        fp32: bool = True,
+        init: bool = True,
+        strict: bool = True,
+    ) -> None:
+        if name in self.peft_config:
+            raise AdapterError(
+                f"there is already an adapter {name!r}", fix="Choose another name, or delete_adapter first."
+            )
+        if not name or "." in name or name == BASE:
+            raise AdapterError(
+                "an adapter's name must be a word without dots", got=repr(name), fix="Choose another name."
+            )
+        if config.task_type not in (None, TaskType.CAUSAL_LM, TaskType.SEQ_CLS):
+            raise Unsupported(
+                f"decal does not adapt models for {config.task_type}", fix="Use CAUSAL_LM or SEQ_CLS, or PEFT itself."
+            )
+        model = self.get_base_model()
+        source = config.base_model_name_or_path or getattr(model, "name_or_path", None) or None
+        injection = Injection(
+            model=model,
+            config=config,
+            name=name,
+            switch=self.switch,
+            generator=generator,
+            fp32_adapters=fp32,
+            init=init,
+            strict=strict,
+        )
+        self._carriers[name] = injection.run()
+        self.notes += injection.notes
+        self.biases.add(model, config, name)
+        self.peft_config[name] = config.model_copy(update={"base_model_name_or_path": source})
+        for parameter in self._trainable(name):
+            parameter.requires_grad_(False)
+
+    def add_adapter(
+        self,
+        adapter_name: str,
+        peft_config: LoraConfig,
+        low_cpu_mem_usage: bool = False,
+        autocast_adapter_dtype: bool = True,
+        *,
+        generator: Generator | None = None,
+    ) -> None:
+        """Add a new, untrained adapter; it is not made the active one."""
+        self._add(
+            adapter_name, peft_config, generator=generator, fp32=autocast_adapter_dtype, init=not low_cpu_mem_usage
+        )
+
+    def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Make one adapter (or several, whose changes are summed) the active one; only active adapters train."""
+        names = (adapter_name,) if isinstance(adapter_name, str) else tuple(adapter_name)
+        for name in names:
+            self._known(name)
+        if self.switch.merged:
+            raise DecalError(f"adapters {self.switch.merged} are merged", fix="Call unmerge_adapter() first.")
+        with_biases = [name for name in names if self.biases.has(name)]
+        if len(with_biases) > 1:
+            raise Unsupported(f"adapters {with_biases} each train the base's biases", fix="Activate one of them.")
+        for name in self.switch.active:
+            for parameter in self._trainable(name):
+                parameter.requires_grad_(False)
+        self.switch.active = names
+        self.biases.use(with_biases[0] if with_biases else None)
+        for name in names:
+            for parameter in self._trainable(name):
+                parameter.requires_grad_(not inference_mode)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter; if it was active, the first remaining one becomes active."""
+        self._known(adapter_name)
+        if len(self.peft_config) == 1:
+            raise AdapterError(f"{adapter_name!r} is the only adapter", fix="Use unload() to get the plain model back.")
+        was = self.switch.active
+        self.biases.remove(adapter_name)
+        for layer in self._carriers.pop(adapter_name).values():
+            layer.remove(adapter_name)
+        del self.peft_config[adapter_name]
+        remaining = [name for name in was if name != adapter_name] or [next(iter(self.peft_config))]
+        self.switch.active = tuple(name for name in was if name != adapter_name)
+        self.set_adapter(remaining)
+
+    def _known(self, name: str) -> None:
+        if name not in self.peft_config:
+            raise AdapterError(
+                f"no adapter is named {name!r}{nearest(name, self.peft_config)}",
+                fix=f"Loaded are {', '.join(self.peft_config)}.",
+            )
+
+    def _trainable(self, name: str) -> list[nn.Parameter]:
+        own = [p for layer in self._carriers[name].values() for p in layer.trainable(name)]
+        return own + self.biases.trainable(name)
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """Use the base alone inside the block."""
+        live = [name for name in self.switch.active if self.biases.has(name)]
+        with self.switch.off():
+            self.biases.use(None)
+            try:
+                yield
+            finally:
+                self.biases.use(live[0] if live else None)
+
+    @property
+    def active_adapters(self) -> list[str]:
+        return list(self.switch.active)
+
+    @property
+    def active_adapter(self) -> str:
+        """The active adapter; the first where several are active."""
+        return self.switch.active[0]
+
+    @property
+    def active_peft_config(self) -> LoraConfig:
+        return self.peft_config[self.active_adapter]
+
+    # Running.
+
+    def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+        """Run the model; with `adapter_names` each row of the batch uses its own adapter ("__base__" for none)."""
+        if adapter_names is None:
+            return self.base_model(*args, **kwargs)
+        with self.routed(Routing.by_row(adapter_names)):
+            return self.base_model(*args, **kwargs)
+
+    def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+        """Generate; with `adapter_names` each prompt uses its own adapter, and so do its beams and returns."""
+        model = self.get_base_model()
+        if adapter_names is None:
+            return model.generate(*args, **kwargs)  # type: ignore[operator]  # transformers' method
+        settings = kwargs.get("generation_config") or model.generation_config
+        copies = max(
+            int(kwargs.get(key) or getattr(settings, key, None) or 1) for key in ("num_beams", "num_return_sequences")
+        )
+        with self.routed(Routing.by_row(adapter_names).expand(copies)):
+            return model.generate(*args, **kwargs)  # type: ignore[operator]  # transformers' method
+
+    @contextmanager
+    def routed(self, routing: Routing) -> Iterator[None]:
+        """Use `routing` inside the block. Raises AdapterError for names that are not loaded."""
+        for name in routing.adapters:
+            self._known(name)
+            if self.biases.has(name):
+                raise Unsupported(
+                    f"adapter {name!r} has trained biases, which cannot be routed within a batch",
+                    fix="Use it alone: set_adapter(name), without adapter_names.",
+                )
+        if self.switch.merged:
+            raise DecalError(f"adapters {self.switch.merged} are merged", fix="Call unmerge_adapter() first.")
+        live = [name for name in self.switch.active if self.biases.has(name)]
+        with self.switch.routed(routing):
+            self.biases.use(None)
+            try:
+                yield
+            finally:
+                self.biases.use(live[0] if live else None)
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+        """Recompute layers in backward (non-reentrant), with the adapters and routing that were in force at forward."""
+        given = dict(gradient_checkpointing_kwargs or {})
+        if given.pop("use_reentrant", False):
+            raise Unsupported(
+                "reentrant checkpointing loses the adapters' routing",
+                fix='Use {"use_reentrant": False}, the default here.',
+            )
+        settings = {**given, "use_reentrant": False, "context_fn": self.switch.checkpoint_contexts}
+        self.get_base_model().gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)  # type: ignore[operator]
+        self.enable_input_require_grads()
+
+    def enable_input_require_grads(self) -> None:
+        """Let the embedding's output need a gradient, without which checkpointed layers would train nothing."""
+        self.get_base_model().enable_input_require_grads()  # type: ignore[operator]  # transformers' method
+
+    # Merging.
+
+    @torch.no_grad()
+    def merge_adapter(self, adapter_names: Sequence[str] | None = None, safe_merge: bool = False) -> None:
+        """Write the changes of the active (or the named) adapters into the base weights, each rounded once.
+
+        The base weights are kept, so that `unmerge_adapter` restores their very bits. `safe_merge` is PEFT's word for
+        the check for NaN that decal always makes.
+        """
+        names = tuple(adapter_names or self.switch.active)
+        for name in names:
+            self._known(name)
+            self._refuse_nan(name)
+        if self.switch.merged:
+            raise DecalError(f"adapters {self.switch.merged} are merged already", fix="Call unmerge_adapter() first.")
+        for layer in self._mergeable():
+            layer.merge(names)
+        self.switch.merged = names
+
+    def unmerge_adapter(self) -> None:
+        """Put the base weights back, bit for bit."""
+        for layer in self._mergeable():
+            layer.unmerge()
+        self.switch.merged = ()
+
+    def merge_and_unload(
+        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: Sequence[str] | None = None
+    ) -> nn.Module:
+        """Merge and return the plain transformers model; this PeftModel must not be used afterwards."""
+        if not self.switch.merged:
+            self.merge_adapter(adapter_names, safe_merge=safe_merge)
+        names = self.switch.merged
+        for layer in self._mergeable():
+            layer.forget_original()
+        return self._unwrap(names)
+
+    def unload(self) -> nn.Module:
+        """Return the plain model without any adapter; this PeftModel must not be used afterwards."""
+        if self.switch.merged:
+            self.unmerge_adapter()
+        self.biases.use(None)
+        return self._unwrap(())
+
+    def _mergeable(self) -> list[Adapted | TokenRows]:
+        return [m for m in self.modules() if isinstance(m, (Adapted, TokenRows))]
+
+    def _refuse_nan(self, name: str) -> None:
+        peft_files.refuse_broken(saved.tensors(self, name), where=f"adapter {name!r}")
+
+    def _unwrap(self, merged: Sequence[str]) -> nn.Module:
+        model = self.get_base_model()
+        for name, module in list(targets.modules(model)):
+            if isinstance(module, ReplacedModule):
+                copies = [module.modules_to_save[n] for n in merged if n in module.modules_to_save]
+                place(model, name, copies[0] if copies else module.original_module)
+            elif isinstance(module, (Adapted, TokenRows, TiedTokenRows)):
+                place(model, name, targets.original(module))
+        model.requires_grad_(True)
+        saved.say_untied(model)
+        return model
+
+    # Files.
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        safe_serialization: bool = True,
+        selected_adapters: Sequence[str] | None = None,
+        is_main_process: bool = True,
+        state_dict: dict[str, Tensor] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Write each adapter in PEFT's format: "default" into the folder itself, others into a subfolder each."""
+        if not safe_serialization:
+            raise Unsupported("decal never writes pickles", fix="Leave safe_serialization at True.")
+        saved.refuse_foreign_state(self, state_dict)
+        if not is_main_process:
+            return
+        for name in selected_adapters or list(self.peft_config):
+            self._known(name)
+            folder = Path(save_directory) if name == "default" else Path(save_directory) / name
+            peft_files.write(folder, saved.config(self, name), saved.tensors(self, name))
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | None = None,
+        commit_message: str = "Upload adapter",
+    ) -> str:
+        """Upload the adapters (only the small files) to the hub and return the address of the commit."""
+        import tempfile
+
+        from huggingface_hub import HfApi
+
+        api = HfApi(token=token)
+        repo = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            return str(api.upload_folder(repo_id=repo, folder_path=folder, commit_message=commit_message))
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: nn.Module,
+        model_id: str | os.PathLike[str],
+        adapter_name: str = "default",
+        is_trainable: bool = False,
+        config: LoraConfig | None = None,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        *,
+        revision: str | None = None,
+        subfolder: str | None = None,
+    ) -> PeftModel:
+        """Return `model` with a saved adapter on it. Missing, extra, misshapen or NaN tensors raise AdapterError."""
+        folder = locate.folder(
+            model_id, kind="adapter", revision=revision, patterns=saved.patterns(subfolder), subfolder=subfolder
+        )
+        read, tensors = peft_files.read(folder)
+        config = saved.for_loading(config or read, is_trainable=is_trainable)
+        saved.refuse_other_shape(model, config, tensors, where=str(model_id))
+        wrapped = cls.__new__(cls)
+        PeftModel.__init__(
+            wrapped, model, config, adapter_name, autocast_adapter_dtype=autocast_adapter_dtype, low_cpu_mem_usage=True
+        )
+        saved.fill(wrapped, adapter_name, tensors, where=str(model_id))
+        wrapped.set_adapter(adapter_name, inference_mode=not is_trainable)
+        return wrapped
+
+    def load_adapter(
+        self,
+        model_id: str | os.PathLike[str],
+        adapter_name: str,
+        is_trainable: bool = False,
+        torch_device: str | None = None,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        *,
+        revision: str | None = None,
+        subfolder: str | None = None,
+    ) -> LoadResult:
+        """Load a saved adapter beside the others (or into one of the same name); it does not become active."""
+        folder = locate.folder(
+            model_id, kind="adapter", revision=revision, patterns=saved.patterns(subfolder), subfolder=subfolder
+        )
+        read, tensors = peft_files.read(folder)
+        config = saved.for_loading(read, is_trainable=is_trainable)
+        fresh = adapter_name not in self.peft_config
+        if fresh:
+            saved.refuse_other_shape(self.get_base_model(), config, tensors, where=str(model_id))
+            self._add(adapter_name, config, fp32=autocast_adapter_dtype, init=False, strict=False)
+        try:
+            saved.fill(self, adapter_name, tensors, where=str(model_id))
+        except AdapterError:
+            if fresh:
+                self.delete_adapter(adapter_name)
+            raise
+        for parameter in self._trainable(adapter_name):
+            parameter.requires_grad_(is_trainable)
+        return LoadResult([], [])
+
+    # Counting and delegation.
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """Return (trainable, all) parameters; a weight shared by two layers counts once."""
+        parameters = list(self.parameters())
+        return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
+
+    def print_trainable_parameters(self) -> None:
+        """Print PEFT's line of trainable and all parameters."""
+        trainable, total = self.get_nb_trainable_parameters()
+        line = (
+            f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {100 * trainable / total:.4f}"
+        )
+        print(line)  # noqa: T201  # printing is what this method of PEFT's is for
+
+    def get_base_model(self) -> nn.Module:
+        """Return the transformers model; its adapted layers stay in it until `unload`."""
+        return self.base_model.model
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_model":
+                raise
+            return getattr(self.base_model, name)
+
+    @property
+    def __class__(self) -> type:  # type: ignore[override]
+        """Where PEFT is loaded, `isinstance(model, peft.PeftModel)` holds, too.
+
+        transformers' Trainer and TRL ask this, and nothing finer, to save and to resume adapters alone.
+        """
+        peft = sys.modules.get("peft")
+        foreign: type | None = getattr(peft, "PeftModel", None)
+        return type(self) if foreign is None else foreign
+
+
+def get_peft_model(
+    model: nn.Module,
+    peft_config: LoraConfig,
+    adapter_name: str = "default",
+    autocast_adapter_dtype: bool = True,
+    low_cpu_mem_usage: bool = False,
+    *,
+    generator: Generator | None = None,
+) -> PeftModel:
+    """Freeze `model` and put a new adapter on it. Raises TargetError for targets that match nothing."""
+    return PeftModel(
+        model,
+        peft_config,
+        adapter_name,
+        autocast_adapter_dtype=autocast_adapter_dtype,
+        low_cpu_mem_usage=low_cpu_mem_usage,
+        generator=generator,
+    )

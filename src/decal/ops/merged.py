@@ -1,0 +1,64 @@
+"""y = x (W + s·B·A)ᵀ with W' formed in a reused buffer: one large product forward and one for the input's gradient.
+
+The buffer is overwritten by the next layer, so W' is never saved: backward forms it again, from the A and B that
+autograd kept (and version-checks: an optimizer step or a load between forward and backward raises).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+FormWeight = Callable[[Tensor, Tensor, torch.dtype], Tensor]  # (A, B, dtype) -> W + s·B·A, in a reused buffer
+
+
+class _Merged(torch.autograd.Function):
+    """Forward and backward of `merged_linear`; the frozen weight gets no gradient, the input and A, B do."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, A: Tensor, B: Tensor, bias: Tensor | None, s: float, form: FormWeight) -> Tensor:
+        ctx.save_for_backward(x, A, B)
+        ctx.s, ctx.form = s, form
+        return F.linear(x, form(A, B, x.dtype), bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None, None]:
+        x, A, B = ctx.saved_tensors
+        dx = dy @ ctx.form(A, B, dy.dtype) if ctx.needs_input_grad[0] else None
+        x_ND, dy_NO = x.flatten(0, -2), dy.flatten(0, -2)
+        A, B = A.to(dy.dtype), B.to(dy.dtype)
+        dA = (B.T @ dy_NO.T) @ x_ND * ctx.s if ctx.needs_input_grad[1] else None
+        dB = dy_NO.T @ (x_ND @ A.T) * ctx.s if ctx.needs_input_grad[2] else None
+        return dx, dA, dB, None, None, None
+
+
+def merged_linear(x: Tensor, A: Tensor, B: Tensor, bias: Tensor | None, s: float, form: FormWeight) -> Tensor:
+    """Return x (W + s·B·A)ᵀ + bias, (..., in) -> (..., out); `form` writes W + s·B·A. Double backward raises."""
+    out: Tensor = _Merged.apply(x, A, B, bias, s, form)  # type: ignore[no-untyped-call]  # torch's Function is untyped
+    return out
+
+
+class _Frozen(torch.autograd.Function):
+    """x Wᵀ for a frozen W that is stored in another dtype than x's: nothing but the input's gradient, nothing saved."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dense: Callable[[torch.dtype], Tensor]) -> Tensor:
+        ctx.dense = dense
+        return F.linear(x, dense(x.dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
+        return dy @ ctx.dense(dy.dtype), None
+
+
+def frozen_linear(x: Tensor, dense: Callable[[torch.dtype], Tensor]) -> Tensor:
+    """Return x Wᵀ, (..., in) -> (..., out), where `dense(dtype)` gives W; the widened copy of W is not kept."""
+    out: Tensor = _Frozen.apply(x, dense)  # type: ignore[no-untyped-call]  # torch's Function is untyped
+    return out
