@@ -1,0 +1,104 @@
+"""From a text and the spans to learn to token ids, labels and the stop tokens among them.
+
+The whole text is tokenised once, as the model will see it; the spans are laid over the tokens by character offsets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from decal.data.batch import IGNORE
+from decal.data.chat import Span
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sample:
+    """One example as tokens: `labels[t]` is `ids[t]` where that token is learnt, else IGNORE; the first never is."""
+
+    ids: list[int]
+    labels: list[int]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Masked:
+    """A sample before cutting. `stops`: positions of learnt stop tokens; `merged`: replies whose first token also
+    holds the end of the prompt, so that generation will meet another token there."""
+
+    sample: Sample
+    stops: tuple[int, ...]
+    merged: int = 0
+
+
+def lay(
+    ids: Sequence[int],
+    offsets: Sequence[Span],
+    spans: Sequence[Span],
+    *,
+    stop_ids: frozenset[int],
+    control_ids: frozenset[int],
+    blank: Callable[[int], bool],
+) -> Masked:
+    """Return the sample in which the tokens of `spans`, each up to its stop token, are learnt.
+
+    After a reply's last word comes a run of control tokens and blanks: its stop token is the first of `stop_ids` in
+    that run, else the last control token inside the span. Nothing behind the stop token is learnt.
+    """
+    labels = [IGNORE] * len(ids)
+    stops: list[int] = []
+    merged = 0
+    token = 0
+    for start, end in spans:
+        while token < len(ids) and offsets[token][1] <= start:
+            token += 1
+        first = token
+        while token < len(ids) and offsets[token][0] < end:
+            token += 1
+        last = token
+        merged += first < last and offsets[first][0] < start
+        words_end = last
+        while words_end > first and (ids[words_end - 1] in control_ids or blank(words_end - 1)):
+            words_end -= 1
+        stop = _stop(ids, words_end, last, stop_ids=stop_ids, control_ids=control_ids, blank=blank)
+        until = last if stop is None else stop + 1
+        labels[first:until] = ids[first:until]
+        if stop is not None:
+            stops.append(stop)
+            token = max(token, until)
+    if labels:
+        labels[0] = IGNORE
+    return Masked(sample=Sample(ids=list(ids), labels=labels), stops=tuple(stops), merged=merged)
+
+
+def _stop(
+    ids: Sequence[int],
+    words_end: int,
+    span_end: int,
+    *,
+    stop_ids: frozenset[int],
+    control_ids: frozenset[int],
+    blank: Callable[[int], bool],
+) -> int | None:
+    inside: int | None = None
+    for position in range(words_end, len(ids)):
+        if ids[position] in stop_ids:
+            return position
+        if ids[position] in control_ids:
+            if position < span_end:
+                inside = position
+        elif not blank(position):
+            break
+    return inside
+
+
+def cut(masked: Masked, length: int) -> tuple[Masked, bool]:
+    """Return the first `length` tokens, and whether the last stop token was among those cut off."""
+    sample = Sample(ids=masked.sample.ids[:length], labels=masked.sample.labels[:length])
+    stops = tuple(stop for stop in masked.stops if stop < length)
+    return Masked(sample=sample, stops=stops, merged=masked.merged), len(stops) < len(masked.stops)
+
+
+def learn_all(masked: Masked) -> Masked:
+    """Return the sample with every token learnt but the first, which nothing predicts."""
+    ids = masked.sample.ids
+    return Masked(sample=Sample(ids=ids, labels=[IGNORE, *ids[1:]]), stops=masked.stops, merged=masked.merged)

@@ -1,0 +1,334 @@
+"""Open the rows of a data set: local files, a folder of files, or a repository on the hub.
+
+JSON lines are read line by line and decoded by `json`: the JSON reader of `datasets` turns text such as "2020-01-01"
+into a time and 1 into 1.0 where a later row holds 2.5. CSV cells stay text for the same reason ("None", "007").
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+from datasets.exceptions import DatasetsError
+
+from decal.errors import DataError, nearest
+
+Row = Mapping[str, Any]
+
+FORMATS = {".jsonl": "lines", ".json": "json", ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet"}
+AS_TEXT: Mapping[str, Any] = {"dtype": str, "keep_default_na": False}
+BUILDERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
+    "lines": ("text", {}),
+    "json": ("text", {}),
+    "csv": ("csv", AS_TEXT),
+    "tsv": ("csv", {**AS_TEXT, "sep": "\t"}),
+    "parquet": ("parquet", {}),
+}
+SPLIT_WORDS = {
+    "train": "train",
+    "training": "train",
+    "validation": "validation",
+    "valid": "validation",
+    "val": "validation",
+    "dev": "validation",
+    "test": "test",
+    "testing": "test",
+    "eval": "test",
+    "evaluation": "test",
+}
+SHUFFLE_BUFFER = 1000  # rows held while a stream is shuffled
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """The rows of one split, in order, readable again and again; numbered from 1.
+
+    `stream` says whether they are read from disk or network as they are used (then the count is unknown).
+    """
+
+    name: str
+    data: Any  # datasets.Dataset, datasets.IterableDataset or a list of rows
+    stream: bool = False
+    lines: tuple[Path, ...] = ()  # the JSON-lines files behind `data`, whose rows are then single lines of text
+    skip: int = 0
+    limit: int | None = None
+
+    def __iter__(self) -> Iterator[tuple[int, Row]]:
+        return self._read(self.data)
+
+    def shuffled(self, seed: int, epoch: int) -> Iterator[tuple[int, Row]]:
+        """Yield the rows of a stream in the order of one epoch: files shuffled, then rows within a buffer."""
+        data = _cut(self.data, self.skip, self.limit)
+        data = data.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)
+        data.set_epoch(epoch)
+        return Rows(name=self.name, data=data, stream=True, lines=self.lines)._read(data)
+
+    def part(self, *, skip: int = 0, limit: int | None = None) -> Rows:
+        """Return the rows after the first `skip`, `limit` of them at most; only for a stream that is yet uncut."""
+        assert self.skip == 0
+        rest = None if self.limit is None else max(self.limit - skip, 0)
+        limit = rest if limit is None else limit if rest is None else min(limit, rest)
+        return Rows(name=self.name, data=self.data, stream=self.stream, lines=self.lines, skip=skip, limit=limit)
+
+    def _read(self, data: Any) -> Iterator[tuple[int, Row]]:
+        names = _class_names(data)
+        number = 0
+        for row in _guarded(_cut(data, self.skip, self.limit) if data is self.data else data, self.name):
+            if self.lines:
+                line = row["text"]
+                if not line.strip():
+                    continue
+                row = _decode(line, self.lines)
+            elif names:
+                row = {**row, **{key: label(row[key]) for key, label in names.items()}}
+            number += 1
+            yield number + self.skip, row
+
+
+def open_rows(path: str, *, split: str, streaming: bool = False, limit: int | None = None) -> Rows:
+    """Open a file, a folder or a hub repository (`owner/name`, or `owner/name:config`).
+
+    A single file is its own split; in a folder the file names say the split (`train`, `valid`, `test`, ...).
+    Raises DataError if nothing is there, the split is unknown, or a file cannot be read.
+    """
+    place = Path(path).expanduser()
+    if place.is_file():
+        return _open_files([place], name=path, streaming=streaming, limit=limit)
+    if place.is_dir():
+        if (place / "state.json").is_file() or (place / "dataset_dict.json").is_file():
+            return _open_saved(place, split=split, streaming=streaming, limit=limit)
+        files = split_files(place)
+        if split not in files:
+            raise DataError(
+                f"the folder has no split {split!r}{nearest(split, files)}",
+                got=f"{path} with {_words(files)}",
+                fix="Name a split that is there; the file names say it (train, valid, test).",
+            )
+        return _open_files(files[split], name=f"{path} ({split})", streaming=streaming, limit=limit)
+    if _looks_local(path):
+        raise _missing(place)
+    return _open_hub(path, split=split, streaming=streaming, limit=limit)
+
+
+def split_files(folder: Path) -> dict[str, list[Path]]:
+    """Return the data files of a folder by split; files whose names say none are `train` if no file says `train`."""
+    found = sorted(file for file in folder.rglob("*") if file.is_file() and _format(file) and not _hidden(file, folder))
+    if not found:
+        raise DataError(
+            "the folder holds no data files", got=folder, fix=f"decal reads {', '.join(FORMATS)} (also .jsonl.gz)."
+        )
+    splits: dict[str, list[Path]] = {}
+    unnamed: list[Path] = []
+    for file in found:
+        name = _split_of(file.relative_to(folder))
+        if name is None:
+            unnamed.append(file)
+        else:
+            splits.setdefault(name, []).append(file)
+    if unnamed and "train" not in splits:
+        splits["train"] = unnamed
+    return splits
+
+
+def _split_of(file: Path) -> str | None:
+    for part in (file.name, *reversed(file.parts[:-1])):
+        for word in re.split(r"[-._ ]+", part.lower()):
+            if word in SPLIT_WORDS:
+                return SPLIT_WORDS[word]
+    return None
+
+
+def _hidden(file: Path, folder: Path) -> bool:
+    own_files = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "config.json"}
+    return file.name in own_files or any(part.startswith(".") for part in file.relative_to(folder).parts)
+
+
+def _format(file: Path) -> str | None:
+    suffixes = [s.lower() for s in file.suffixes]
+    if suffixes and suffixes[-1] == ".gz":
+        suffixes.pop()
+    return FORMATS.get(suffixes[-1]) if suffixes else None
+
+
+def _open_files(files: list[Path], *, name: str, streaming: bool, limit: int | None) -> Rows:
+    formats = {_format(file) for file in files}
+    if len(formats) > 1 and not formats <= {"lines", "json"}:
+        raise DataError(
+            "one split mixes file formats", got=", ".join(file.name for file in files), fix="Keep one format a split."
+        )
+    for file in files:
+        if file.stat().st_size == 0:
+            raise DataError("the data file is empty", got=file, fix="Give a file with at least one row.")
+    kind = formats.pop()
+    if kind is None:
+        raise DataError("unknown kind of data file", got=files[0], fix=f"decal reads {', '.join(FORMATS)}.")
+    if kind == "json" and _is_array(files[0]):
+        rows = [row for file in files for row in _read_array(file)]
+        data = datasets.IterableDataset.from_generator(_each, gen_kwargs={"rows": rows}) if streaming else rows
+        return Rows(name=name, data=data, stream=streaming, limit=limit)
+    builder, options = BUILDERS[kind]
+    paths = [str(file.resolve()) for file in files]
+    data = _load(builder, name=name, data_files={"train": paths}, split="train", streaming=streaming, **options)
+    lines = tuple(files) if builder == "text" else ()
+    return Rows(name=name, data=data, stream=streaming, lines=lines, limit=limit)
+
+
+def _open_hub(path: str, *, split: str, streaming: bool, limit: int | None) -> Rows:
+    repository, _, config = path.partition(":")
+    data = _load(repository, name=path, config=config or None, split=split, streaming=streaming)
+    return Rows(name=f"{path} ({split})", data=data, stream=streaming, limit=limit)
+
+
+def _open_saved(folder: Path, *, split: str, streaming: bool, limit: int | None) -> Rows:
+    """A folder that `Dataset.save_to_disk` wrote."""
+    data = datasets.load_from_disk(str(folder))
+    if isinstance(data, datasets.DatasetDict):
+        if split not in data:
+            raise DataError(
+                f"the data set has no split {split!r}{nearest(split, data)}",
+                got=f"{folder} with {_words(data)}",
+                fix="Name a split that is there.",
+            )
+        data = data[split]
+    return Rows(name=str(folder), data=data.to_iterable_dataset() if streaming else data, stream=streaming, limit=limit)
+
+
+def _load(builder: str, *, name: str, config: str | None = None, split: str, **options: Any) -> Any:
+    with _quiet():
+        try:
+            return datasets.load_dataset(builder, config, split=split, **options)
+        except (OSError, ValueError, DatasetsError) as error:
+            raise _unreadable(error, name) from error
+
+
+def _guarded(data: Any, name: str) -> Iterator[Any]:
+    """Iterate; what a stream meets only now (a missing part, a broken archive) becomes a DataError."""
+    try:
+        yield from data
+    except DataError:
+        raise
+    except (OSError, EOFError, ValueError, DatasetsError) as error:
+        raise _unreadable(error, name) from error
+
+
+def _unreadable(error: BaseException, name: str) -> DataError:
+    cause = error.__cause__ or error
+    reason = (str(cause).strip() or type(cause).__name__).splitlines()[0]
+    if isinstance(cause, UnicodeDecodeError):
+        return DataError(f"the data is not UTF-8 text: {reason}", got=name, fix="Save the file as UTF-8.")
+    return DataError(
+        f"the data set cannot be read ({type(cause).__name__}: {reason})",
+        got=name,
+        fix="Check the name, the split and the network (HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE=1 apply).",
+    )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Library code never prints: no progress bars of `datasets` while it loads."""
+    was_on = not datasets.utils.are_progress_bars_disabled()
+    datasets.utils.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if was_on:
+            datasets.utils.enable_progress_bars()
+
+
+def _cut(data: Any, skip: int, limit: int | None) -> Any:
+    if isinstance(data, list):
+        return data[skip:] if limit is None else data[skip : skip + limit]
+    if skip:
+        data = data.skip(skip)
+    if limit is None:
+        return data
+    return data.take(limit)
+
+
+def _class_names(data: Any) -> dict[str, Any]:
+    """For columns that hold class numbers with names: the function from number to name (people mean the name)."""
+    features = getattr(data, "features", None) or {}
+    return {key: kind.int2str for key, kind in features.items() if isinstance(kind, datasets.ClassLabel)}
+
+
+def _decode(line: str, files: tuple[Path, ...]) -> Row:
+    try:
+        row = json.loads(line.lstrip("\ufeff"))
+    except json.JSONDecodeError as error:
+        raise _broken_line(line, error, files) from None
+    if not isinstance(row, dict):
+        raise DataError(
+            "each line must hold one JSON object",
+            got=f"{type(row).__name__} in {_place(line, files)}",
+            fix='Write each row as {"column": value, ...}.',
+        )
+    return row
+
+
+def _broken_line(line: str, error: json.JSONDecodeError, files: tuple[Path, ...]) -> DataError:
+    near = line[max(error.pos - 30, 0) : error.pos + 30]
+    return DataError(
+        f"{_place(line, files)} is not JSON: {error.msg} at column {error.colno}, near {near!r}",
+        fix="Correct or delete this line; each line holds one whole JSON object.",
+    )
+
+
+def _place(line: str, files: tuple[Path, ...]) -> str:
+    """Where a line stands, found by reading again: only for the text of an error."""
+    for file in files:
+        opened = gzip.open if file.suffix == ".gz" else open
+        with opened(file, "rt", encoding="utf-8") as handle:
+            for number, text in enumerate(handle, start=1):
+                if text.rstrip("\n") == line:
+                    return f"{file}, line {number}"
+    return ", ".join(str(file) for file in files)
+
+
+def _is_array(file: Path) -> bool:
+    opened = gzip.open if file.suffix == ".gz" else open
+    with opened(file, "rt", encoding="utf-8-sig") as handle:
+        return handle.read(200).lstrip().startswith("[")
+
+
+def _read_array(file: Path) -> list[Row]:
+    opened = gzip.open if file.suffix == ".gz" else open
+    with opened(file, "rt", encoding="utf-8-sig") as handle:
+        text = handle.read()
+    try:
+        rows = json.loads(text)
+    except json.JSONDecodeError as error:
+        near = text[max(error.pos - 30, 0) : error.pos + 30]
+        raise DataError(
+            f"{file}, line {error.lineno} is not JSON: {error.msg} at column {error.colno}, near {near!r}",
+            fix="Correct the file; it must hold an array of objects.",
+        ) from None
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise DataError("a JSON file must hold an array of objects", got=file, fix="Write it as [{...}, {...}].")
+    return rows
+
+
+def _each(rows: list[Row]) -> Iterator[Row]:
+    yield from rows
+
+
+def _looks_local(path: str) -> bool:
+    return path.startswith((".", "/", "~")) or path.count("/") != 1 or _format(Path(path)) is not None
+
+
+def _missing(place: Path) -> DataError:
+    folder = place.parent
+    hint = ""
+    if folder.is_dir():
+        hint = nearest(place.name, [entry.name for entry in folder.iterdir()])
+    return DataError(f"no such data file or folder{hint}", got=place, fix="Check the path.")
+
+
+def _words(names: Any) -> str:
+    return ", ".join(sorted(str(name) for name in names)) or "nothing"
