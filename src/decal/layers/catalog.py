@@ -7,14 +7,19 @@ from typing import Literal
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from decal.layers.dense import Conv1DBase, DenseBase
+from decal.layers.dense import Conv1DBase, DenseBase, WideConv1D, WideLinear
 from decal.layers.dora import DoRA
 from decal.layers.embedding import EmbeddingDoRA, EmbeddingLoRA
 from decal.layers.lora import LinearLoRA, LoRA, ResidualLoRA
 from decal.layers.seams import Base
 from decal.spec import LoraConfig
 
-FORMATS: dict[type[nn.Module], type[DenseBase]] = {nn.Linear: DenseBase, Conv1D: Conv1DBase}
+FORMATS: dict[type[nn.Module], type[DenseBase]] = {
+    nn.Linear: DenseBase,
+    WideLinear: DenseBase,
+    Conv1D: Conv1DBase,
+    WideConv1D: Conv1DBase,
+}
 ADAPTERS: dict[str, type[LoRA]] = {"lora": LinearLoRA, "residual": ResidualLoRA, "dora": DoRA}
 EMBEDDING_ADAPTERS: dict[str, type[LoRA]] = {"lora": EmbeddingLoRA, "dora": EmbeddingDoRA}
 

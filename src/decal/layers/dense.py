@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
 
 from decal.layers import workspace
 from decal.ops import merged
@@ -80,3 +81,28 @@ class Conv1DBase(DenseBase):
     def weight(self) -> Tensor:
         weight: Tensor = self.layer.weight
         return weight.T
+
+
+# A model whose 16-bit weights are used in fp32: same parameters, widened where they are used and never kept.
+
+
+class WideLinear(nn.Linear):
+    """An nn.Linear with a 16-bit weight that computes in the dtype of its input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = DenseBase(self).matmul(x)
+        return y if self.bias is None else y + self.bias
+
+
+class WideConv1D(Conv1D):  # type: ignore[misc]  # transformers has no types
+    """A Conv1D with a 16-bit weight that computes in the dtype of its input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return Conv1DBase(self).matmul(x) + self.bias
+
+
+class WideEmbedding(nn.Embedding):
+    """An nn.Embedding with a 16-bit table that gives fp32 rows."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return super().forward(ids).float()
