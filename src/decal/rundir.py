@@ -83,8 +83,8 @@ class RunDir:
         """Whether a run has been written here."""
         return (self.path / RUN).exists()
 
-    def claim(self, run_yaml: str) -> None:
-        """Start a new run here; refuse a folder that already holds one, or holds anything else."""
+    def check_free(self) -> None:
+        """Raise RunError for a folder that already holds a run, or holds anything else."""
         if self.holds_run():
             raise RunError(
                 "the output folder already holds a run",
@@ -93,6 +93,10 @@ class RunDir:
             )
         if self.path.is_file() or (self.path.is_dir() and any(self.path.iterdir())):
             raise RunError("the output folder is not empty", got=self.path, fix="Choose another --output.")
+
+    def claim(self, run_yaml: str) -> None:
+        """Start a new run here; refuse a folder that already holds one, or holds anything else."""
+        self.check_free()
         write_bytes(self.path / RUN, run_yaml.encode())
 
     def event(self, kind: str, **fields: Any) -> dict[str, Any]:

@@ -1,0 +1,64 @@
+"""Mean loss per token and perplexity over an evaluation set."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from decal.data.batch import Batch
+from decal.errors import DataError
+
+LossSum = Callable[[nn.Module, Batch], tuple[Tensor, int]]  # the summed loss of a batch, and the count it sums over
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """The mean loss over `count` tokens. Perplexity is e to the mean loss."""
+
+    loss: float
+    count: int
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(self.loss) if self.loss < 700 else math.inf
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Turn dropout off and gradients off in the block; give every module its own mode back after it."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def evaluate(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    loss: LossSum,
+    *,
+    autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
+) -> Evaluation:
+    """Return the mean loss over all loss tokens of `batches`, whatever their sizes."""
+    total, count = 0.0, 0
+    with evaluating(model):
+        for batch in batches:
+            if batch.loss_tokens == 0:
+                continue
+            with autocast():
+                part, tokens = loss(model, batch)
+            total, count = total + float(part), count + tokens  # a Python float: fp64, whatever the set's size
+    if count == 0:
+        raise DataError(
+            "the evaluation set holds no token to measure", fix="Look at its ledger: the loss mask is empty."
+        )
+    return Evaluation(loss=total / count, count=count)

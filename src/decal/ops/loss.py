@@ -1,0 +1,124 @@
+"""Cross entropy over a language model's head in chunks of rows, its gradient formed in the same pass.
+
+loss = sum over supervised rows of  logsumexp(z) - z[label],  z = h·Wᵀ + b;   dL/dz = softmax(z) - onehot(label).
+dL/dz is known as soon as z is, so dh = dz·W (and, for a head that trains, dW = dzᵀ·h) is formed before the next chunk:
+the logits of one chunk are the only ones that ever exist, and backward has nothing left to do but scale.
+
+Shapes: N rows, D hidden width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from decal.errors import DataError
+
+CHUNK = 128
+
+
+def chunked_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    chunk: int = CHUNK,
+    ignore: int = -100,
+) -> tuple[Tensor, int]:
+    """Return the summed cross entropy (a scalar, at least fp32) of the supervised rows and how many there are.
+
+    `hidden` (N, D), `weight` (V, D), `bias` (V,), `labels` (N,), `ignore` for rows outside the loss; they may lie
+    on the CPU, which spares a synchronisation with the device. Gradients reach hidden, and weight and bias where
+    they require them. Products run in autocast's dtype where autocast is on, else in the wider of the two inputs'
+    (a head stored in bf16 under fp32 activations is computed in fp32); the softmax is never below fp32.
+    """
+    rows = torch.nonzero(labels != ignore).flatten()
+    targets = labels[rows]
+    if rows.numel() and (int(targets.min()) < 0 or int(targets.max()) >= weight.shape[0]):
+        bad = targets[(targets < 0) | (targets >= weight.shape[0])]
+        raise DataError(
+            f"a label lies outside the vocabulary of {weight.shape[0]}",
+            got=int(bad[0]),
+            fix="Use the tokenizer that belongs to this model, or resize its embeddings.",
+        )
+    rows, targets = rows.to(hidden.device), targets.to(hidden.device)
+    kind = hidden.device.type
+    dtype = torch.promote_types(hidden.dtype, weight.dtype)
+    if torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
+    loss = _ChunkedCrossEntropy.apply(hidden, weight, bias, rows, targets, chunk, dtype, torch.is_grad_enabled())
+    assert isinstance(loss, Tensor)
+    return loss, rows.numel()
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        rows: Tensor,
+        targets: Tensor,
+        chunk: int,
+        dtype: torch.dtype,
+        grad: bool,
+    ) -> Tensor:
+        wanted = [grad and need for need in ctx.needs_input_grad[:3]]
+        with torch.autocast(hidden.device.type, enabled=False):
+            loss, grads = _forward(hidden[rows].to(dtype), weight.to(dtype), bias, targets, chunk, wanted)
+        ctx.save_for_backward(rows, *grads)
+        ctx.inputs = hidden.shape, [None if x is None else x.dtype for x in (hidden, weight, bias)]
+        return loss
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
+        rows, dh, dW, db = ctx.saved_tensors
+        shape, dtypes = ctx.inputs
+        # A 0-dim scale does not promote: each product is rounded once, to the gradient's own dtype.
+        dW, db = (None if g is None else (g * scale).to(d) for g, d in zip((dW, db), dtypes[1:], strict=True))
+        if dh is not None:
+            dh = torch.zeros(shape, dtype=dtypes[0], device=dh.device).index_copy_(0, rows, (dh * scale).to(dtypes[0]))
+        return dh, dW, db, None, None, None, None, None
+
+
+def _forward(
+    h_ND: Tensor, W_VD: Tensor, b_V: Tensor | None, targets: Tensor, chunk: int, wanted: list[bool]
+) -> tuple[Tensor, list[Tensor | None]]:
+    """Return the summed loss and the gradients asked for of (hidden rows, weight, bias)."""
+    exact = torch.promote_types(h_ND.dtype, torch.float32)  # of the softmax and of sums over rows
+    n, vocabulary = min(chunk, len(h_ND)), len(W_VD)
+    buffer = torch.empty(n, vocabulary, dtype=h_ND.dtype, device=h_ND.device)
+    losses = torch.zeros(len(h_ND), dtype=exact, device=h_ND.device)
+    dh = torch.empty_like(h_ND) if wanted[0] else None
+    dW = torch.zeros_like(W_VD, dtype=exact) if wanted[1] else None
+    db = torch.zeros(vocabulary, dtype=exact, device=h_ND.device) if wanted[2] else None
+    for start in range(0, len(h_ND), chunk):
+        part = slice(start, start + chunk)
+        h, y = h_ND[part], targets[part, None]
+        z = torch.mm(h, W_VD.T, out=buffer[: len(h)]).to(exact)
+        if b_V is not None:
+            z += b_V
+        losses[part], dz = _softmax(z, y)
+        dz = dz.to(h.dtype)
+        if dh is not None:
+            torch.mm(dz, W_VD, out=dh[part])
+        if dW is not None:
+            dW += dz.T @ h
+        if db is not None:
+            db += dz.sum(0)
+    return losses.sum(), [dh, dW, db]
+
+
+def _softmax(z: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Return each row's loss, and dL/dz written over z."""
+    picked = z.gather(1, y)
+    top = z.amax(1, keepdim=True)
+    total = z.sub_(top).exp_().sum(1, keepdim=True)
+    losses = (total.log() + top - picked).flatten()
+    return losses, z.div_(total).scatter_add_(1, y, torch.full_like(picked, -1.0))

@@ -1,0 +1,70 @@
+"""What is minimised: a function of the model and one micro-batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor, nn
+
+from decal.data.batch import IGNORE, Batch
+from decal.ops.loss import chunked_cross_entropy
+from decal.training import head
+
+Note = Callable[[str], None]
+
+
+class Loss(Protocol):
+    """A loss as the step sees it: sums and counts, so that accumulated micro-batches weigh what they should.
+
+    `count` is the number of things (tokens, or pairs) that the batch's loss is a sum over. It is known without the
+    model, because the step divides by the count of the whole accumulated batch before the first backward pass.
+    """
+
+    def count(self, batch: Batch) -> int: ...
+
+    def __call__(self, model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
+        """Return the summed loss of a batch (on any device) and the count it is a sum over."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class SFT:
+    """Next-token cross entropy on the labelled tokens; `chunked` keeps the logits from ever existing whole."""
+
+    chunked: bool
+
+    def count(self, batch: Batch) -> int:
+        return batch.loss_tokens
+
+    def __call__(self, model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
+        device = next(model.parameters()).device
+        # No attention mask: with it transformers would not tell packed samples apart by their position_ids.
+        inputs = {"input_ids": batch.input_ids.to(device), "use_cache": False}
+        if batch.position_ids is not None:
+            inputs["position_ids"] = batch.position_ids.to(device)
+        if not self.chunked:
+            count = batch.loss_tokens
+            return model(**inputs, labels=batch.labels.to(device)).loss * count, count
+        body, linear = head.parts(model)
+        hidden = body(**inputs).last_hidden_state
+        return chunked_cross_entropy(
+            hidden.flatten(0, 1), linear.weight, shifted(batch.labels), bias=linear.bias, ignore=IGNORE
+        )
+
+
+def shifted(labels: Tensor) -> Tensor:
+    """Return (B·T,) labels, each beside the position that predicts it; the last of a row predicts nothing."""
+    return nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE).flatten()
+
+
+def sft(model: nn.Module, note: Note) -> SFT:
+    """Return the SFT loss for `model`: chunked where that gives the model's own loss, else the model's own."""
+    reason = head.why_not_chunked(model)
+    if reason is not None:
+        note(f"the loss is the model's own, over full logits, because {reason}: it needs more memory")
+    return SFT(chunked=reason is None)
+
+
+LOSSES: Mapping[str, Callable[[nn.Module, Note], Loss]] = {"sft": sft}

@@ -1,0 +1,74 @@
+"""What a run writes down about itself: versions, settings, machine, sizes, outcome."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+from torch import nn
+
+from decal.rundir import RunDir
+from decal.spec import RunConfig
+from decal.training.precision import Precision
+from decal.training.state import Progress
+
+PACKAGES = ("decal", "torch", "transformers", "safetensors", "datasets", "tokenizers")
+
+
+def count(model: nn.Module) -> tuple[int, int]:
+    """Return (trainable, all) parameters; a weight used twice counts once."""
+    parameters = list(model.parameters())
+    return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
+
+
+def facts(
+    config: RunConfig, *, device: torch.device, precision: Precision, trainable: int, total: int
+) -> dict[str, Any]:
+    """Return what is known before the first step."""
+    return {
+        "config": config.model_dump(mode="json"),
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
+        "device_type": device.type,
+        "threads": torch.get_num_threads(),
+        "precision": precision.name,
+        "parameters": {"trainable": trainable, "total": total, "percent": 100 * trainable / total},
+    }
+
+
+def outcome(run: RunDir, progress: Progress, *, kept: int, seconds: float) -> dict[str, Any]:
+    """Return what is known after the last step."""
+    return {
+        "outcome": {
+            "steps": progress.step,
+            "kept_step": kept,
+            "loss": last(run, "step", "loss"),
+            "eval_loss_before": eval_loss(run, 0),
+            "eval_loss": eval_loss(run, kept),
+            "tokens": progress.tokens,
+            "loss_tokens": progress.loss_tokens,
+            "train_seconds": round(progress.seconds, 3),
+            "seconds": round(seconds, 3),
+        }
+    }
+
+
+def last(run: RunDir, kind: str, field: str) -> float | None:
+    """Return a field of the last event of a kind."""
+    values = [event[field] for event in run.events() if event["kind"] == kind]
+    return values[-1] if values else None
+
+
+def eval_loss(run: RunDir, step: int) -> float | None:
+    """Return the evaluation loss at a step."""
+    values = [event["loss"] for event in run.events() if event["kind"] == "eval" and event["step"] == step]
+    return values[-1] if values else None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

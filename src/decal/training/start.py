@@ -1,0 +1,51 @@
+"""Whether a run may begin or go on in a folder, and from where."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from decal.errors import RunError
+from decal.rundir import RUN, RunDir
+from decal.spec import RunConfig, read_run_config
+
+# Settings that say where and how a result is computed or watched, not what it is; all others are fixed for a run.
+FREE = frozenset(
+    {"output", "train.device", "train.log_to", "train.keep", "train.save_every", "train.gradient_checkpointing"}
+)
+
+
+def starting_point(run: RunDir, config: RunConfig, *, resume: bool) -> Path | None:
+    """Return the checkpoint to go on from; None to begin. Raises RunError if the folder does not allow it.
+
+    A run that was stopped before its first checkpoint begins again: with the same settings that is the same run.
+    """
+    if not resume:
+        run.check_free()
+        return None
+    if not run.holds_run():
+        raise RunError("there is no run to resume here", got=run.path, fix="Start it without --resume.")
+    check_same(read_run_config(run.path / RUN), config)
+    whole = run.checkpoints()
+    return whole[-1] if whole else None
+
+
+def check_same(before: RunConfig, now: RunConfig) -> None:
+    """Raise RunError naming the first setting that differs and would change the result."""
+    old, new = dict(_flat(before.model_dump(mode="json"))), dict(_flat(now.model_dump(mode="json")))
+    for key in sorted(old.keys() | new.keys()):
+        if key not in FREE and old.get(key) != new.get(key):
+            raise RunError(
+                f"{key} has changed since the run began, so it cannot go on as the same run",
+                got=f"{old.get(key)!r} then, {new.get(key)!r} now",
+                fix=f"Resume with {key}={old.get(key)}, or start a new run in another --output.",
+            )
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value

@@ -1,0 +1,173 @@
+"""Checkpoints: everything that decides how training goes on, as safetensors and JSON.
+
+A checkpoint folder holds
+  trainable.safetensors   every trainable parameter by name
+  optimizer.safetensors   the optimizer's tensors as `<slot>:<parameter name>`
+  rng.safetensors         the states of torch's generators: `cpu`, `cuda:0`, ...
+  state.json              progress, data position, loss scale, and the states of `random` and numpy
+  adapter/                the adapter in PEFT's format (method lora only; nothing here reads it back)
+  complete.json           written last, by RunDir
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from decal import rundir
+from decal.errors import RunError
+
+TRAINABLE, OPTIMIZER, RNG, STATE = "trainable.safetensors", "optimizer.safetensors", "rng.safetensors", "state.json"
+
+
+class Resumable(Protocol):
+    """Something with a position: the data."""
+
+    def state_dict(self) -> Mapping[str, Any]: ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+
+@dataclass(kw_only=True)
+class Progress:
+    """How far a run has come; all of it survives in the checkpoint."""
+
+    step: int = 0
+    tokens: int = 0  # read by the model, padding included
+    loss_tokens: int = 0
+    seconds: float = 0.0  # of training, over all sittings
+    best_loss: float | None = None  # of an evaluation
+    best_step: int | None = None
+    evaluations_since_best: int = 0
+    skipped: int = 0  # fp16 steps in a row whose gradient overflowed
+
+
+@dataclass(kw_only=True)
+class Training:
+    """All that changes while a run trains."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    batches: Resumable
+    progress: Progress
+
+
+def save(run: rundir.RunDir, training: Training, save_adapter: Callable[[Path], object] | None = None) -> Path:
+    """Write checkpoints/step-N whole or not at all and return its path."""
+    step = training.progress.step
+    try:
+        with run.checkpoint(step) as folder:
+            save_file(trainable(training.model), folder / TRAINABLE)
+            save_file(_optimizer_tensors(training), folder / OPTIMIZER)
+            save_file(_generators(), folder / RNG)
+            rundir.write_json(folder / STATE, _state(training))
+            if save_adapter is not None:
+                save_adapter(folder / rundir.ADAPTER)
+    except (OSError, SafetensorError) as error:
+        whole = run.checkpoints()
+        raise RunError(
+            f"the checkpoint of step {step} could not be written ({error})",
+            got=run.path,
+            fix=f"Make room, then go on with --resume from {whole[-1].name}."
+            if whole
+            else "Make room and start again: no checkpoint has been written yet.",
+        ) from error
+    return run.path / rundir.CHECKPOINTS / f"step-{step}"
+
+
+def load(folder: Path, training: Training) -> None:
+    """Put everything back as `save` found it, the random generators last."""
+    load_trainable(folder, training.model)
+    _load_optimizer(training, load_file(folder / OPTIMIZER))
+    state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+    training.progress.__dict__.update(state["progress"])
+    training.batches.load_state_dict(state["data"])
+    training.scaler.load_state_dict(state["scaler"])
+    _restore_generators(load_file(folder / RNG), state["random"])
+
+
+def trainable(model: nn.Module) -> dict[str, Tensor]:
+    """Return the trainable parameters by name, detached and on the CPU."""
+    return {n: p.detach().cpu().contiguous() for n, p in model.named_parameters() if p.requires_grad}
+
+
+def load_trainable(folder: Path, model: nn.Module) -> None:
+    """Copy a checkpoint's parameters into the model; their names and shapes must be exactly the model's."""
+    stored = load_file(folder / TRAINABLE)
+    here = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    odd = sorted(stored.keys() ^ here.keys()) or [n for n, p in here.items() if p.shape != stored[n].shape]
+    if odd:
+        raise RunError(
+            f"the checkpoint does not fit the model: {len(odd)} parameters differ",
+            got=", ".join(odd[:3]),
+            fix="Resume with the model and adapter settings that the run was started with.",
+        )
+    with torch.no_grad():
+        for name, parameter in here.items():
+            parameter.copy_(stored[name])
+
+
+def _named(training: Training) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in training.model.named_parameters() if p.requires_grad}
+
+
+def _optimizer_tensors(training: Training) -> dict[str, Tensor]:
+    state = training.optimizer.state
+    tensors: dict[str, Tensor] = {}
+    for name, parameter in _named(training).items():
+        for slot, value in state.get(parameter, {}).items():
+            assert isinstance(value, Tensor), f"{slot} is {type(value)}: AdamW holds tensors only"
+            tensors[f"{slot}:{name}"] = value.detach().cpu().contiguous()
+    return tensors
+
+
+def _load_optimizer(training: Training, tensors: dict[str, Tensor]) -> None:
+    named = _named(training)
+    training.optimizer.state.clear()
+    for key, value in tensors.items():
+        slot, _, name = key.partition(":")
+        training.optimizer.state[named[name]][slot] = value.to(named[name].device)
+
+
+def _state(training: Training) -> dict[str, Any]:
+    kind, keys, position, has_gauss, gauss = np.random.get_state()
+    version, words, gauss_next = random.getstate()
+    return {
+        "progress": asdict(training.progress),
+        "data": dict(training.batches.state_dict()),
+        "scaler": training.scaler.state_dict(),
+        "random": {
+            "python": [version, list(words), gauss_next],
+            "numpy": [str(kind), [int(k) for k in keys], int(position), int(has_gauss), float(gauss)],
+        },
+    }
+
+
+def _generators() -> dict[str, Tensor]:
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states |= {f"cuda:{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
+    return states
+
+
+def _restore_generators(states: dict[str, Tensor], others: dict[str, Any]) -> None:
+    version, words, gauss_next = others["python"]
+    random.setstate((version, tuple(words), gauss_next))
+    kind, keys, position, has_gauss, gauss = others["numpy"]
+    np.random.set_state((kind, np.array(keys, dtype=np.uint32), position, has_gauss, gauss))
+    torch.set_rng_state(states["cpu"])
+    if torch.cuda.is_available():
+        for name, state in states.items():
+            if name != "cpu" and int(name.removeprefix("cuda:")) < torch.cuda.device_count():
+                torch.cuda.set_rng_state(state, name)

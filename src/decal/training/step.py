@@ -1,0 +1,91 @@
+"""One optimizer step over the micro-batches of an accumulated batch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from decal.data.batch import Batch
+from decal.errors import DataError, RunError
+from decal.training.losses import Loss
+from decal.training.precision import Precision
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepResult:
+    """What one step did. `loss` is the mean over the accumulated batch, `grad_norm` that before clipping."""
+
+    loss: float
+    grad_norm: float
+    count: int  # what the loss is a mean over: loss tokens
+    tokens: int
+    skipped: bool  # fp16 only: the scaled gradient overflowed and the weights stand as they were
+
+
+def take_step(
+    model: nn.Module,
+    batches: Sequence[Batch],
+    loss: Loss,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    *,
+    precision: Precision,
+    max_grad_norm: float,
+) -> StepResult:
+    """Move the weights by the gradient of the mean loss over all micro-batches together.
+
+    The mean is over the counts of the whole accumulated batch, so 4 micro-batches of 1 row give the gradient of 1 of
+    4 rows. Raises RunError before the weights move if the loss, or outside fp16 the gradient, is not finite.
+    """
+    total = backward(model, batches, loss, scaler, precision=precision)
+    scaler.unscale_(optimizer)
+    weights = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm([p.grad for p in weights])
+    torch.nn.utils.clip_grads_with_norm_(weights, max_grad_norm, norm)
+    mean, grad_norm = torch.stack([total, norm.float()]).tolist()  # the step's one wait for the device
+    overflow = scaler.is_enabled() and not math.isfinite(grad_norm)
+    _check_finite(mean, 0.0 if overflow else grad_norm)
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    counts = sum(loss.count(batch) for batch in batches)
+    return StepResult(
+        loss=mean, grad_norm=grad_norm, count=counts, tokens=sum(b.tokens for b in batches), skipped=overflow
+    )
+
+
+def backward(
+    model: nn.Module, batches: Sequence[Batch], loss: Loss, scaler: torch.amp.GradScaler, *, precision: Precision
+) -> Tensor:
+    """Add the gradient of the mean loss over all micro-batches to the weights' `.grad`; return that mean."""
+    counts = [loss.count(batch) for batch in batches]
+    total = sum(counts)
+    if total == 0:
+        raise DataError(
+            "a whole step holds no token to learn from",
+            got=f"{len(batches)} micro-batches",
+            fix="Look at the data ledger: the loss mask of these rows is empty.",
+        )
+    mean = torch.zeros((), device=precision.device)
+    for batch, count in zip(batches, counts, strict=True):
+        if count == 0:
+            continue
+        with precision.autocast():
+            part = loss(model, batch)[0] / total
+        scaler.scale(part).backward()
+        mean += part.detach()
+    return mean
+
+
+def _check_finite(loss: float, grad_norm: float) -> None:
+    for name, value in (("loss", loss), ("gradient norm", grad_norm)):
+        if not math.isfinite(value):
+            raise RunError(
+                f"the {name} is not finite, so training stopped before the weights could follow it",
+                got=value,
+                fix="Lower train.lr, or use train.precision=fp32; the last checkpoint is whole: --resume goes on there.",
+            )
