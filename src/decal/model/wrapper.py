@@ -19,7 +19,7 @@ from decal.layers.adapted import Adapted
 from decal.layers.replaced import ReplacedModule
 from decal.layers.routing import BASE, Routing, Switch
 from decal.layers.tokens import TiedTokenRows, TokenRows
-from decal.model import saved, targets
+from decal.model import foreign, saved, targets
 from decal.model.biases import TrainedBiases
 from decal.model.inject import Injection, Wrapper, place
 from decal.spec import LoraConfig, TaskType
@@ -214,6 +214,8 @@ class PeftModel(nn.Module):
 
     def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         """Run the model; with `adapter_names` each row of the batch uses its own adapter ("__base__" for none)."""
+        if kwargs.get("fused_lm_head"):  # TRL's trainers: they multiply by the head's weight themselves
+            foreign.refuse_fused_head(self.get_base_model())
         if adapter_names is None:
             return self.base_model(*args, **kwargs)
         with self.routed(Routing.by_row(adapter_names)):
@@ -251,17 +253,34 @@ class PeftModel(nn.Module):
             finally:
                 self.biases.use(live[0] if live else None)
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+    def activation_checkpointing_enable(
+        self,
+        activation_checkpointing_kwargs: dict[str, Any] | None = None,
+        every_n_layers: int = 1,
+        offload: bool = False,
+    ) -> None:
         """Recompute layers in backward (non-reentrant), with the adapters and routing that were in force at forward."""
-        given = dict(gradient_checkpointing_kwargs or {})
+        given = dict(activation_checkpointing_kwargs or {})
         if given.pop("use_reentrant", False):
             raise Unsupported(
                 "reentrant checkpointing loses the adapters' routing",
                 fix='Use {"use_reentrant": False}, the default here.',
             )
+        if given.pop("context_fn", None) is not None:
+            raise Unsupported(
+                "checkpointing takes one context_fn, and the adapters need it (TRL's `selective` brings its own)",
+                fix="Leave `selective` and `context_fn` out, or train with decal.train.",
+            )
         settings = {**given, "use_reentrant": False, "context_fn": self.switch.checkpoint_contexts}
-        self.get_base_model().gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)  # type: ignore[operator]
-        self.enable_input_require_grads()
+        model = self.get_base_model()
+        enable: Any = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+        enable(settings, every_n_layers, offload)  # it lets the embedding's output need a gradient, too
+
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **others: Any
+    ) -> None:
+        """The older name of `activation_checkpointing_enable`."""
+        self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **others)
 
     def enable_input_require_grads(self) -> None:
         """Let the embedding's output need a gradient, without which checkpointed layers would train nothing."""
