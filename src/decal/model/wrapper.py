@@ -273,6 +273,8 @@ class PeftModel(nn.Module):
             )
         settings = {**given, "use_reentrant": False, "context_fn": self.switch.checkpoint_contexts}
         model = self.get_base_model()
+        if getattr(model, "_require_grads_hooks", None):
+            model.disable_input_require_grads()  # type: ignore[operator]  # else each call adds another hook
         enable: Any = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
         enable(settings, every_n_layers, offload)  # it lets the embedding's output need a gradient, too
 
