@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from itertools import islice
 from typing import Any
 
@@ -20,10 +20,10 @@ WINDOW = 512  # samples of a stream that are packed together
 class Batches:
     """Micro-batches grouped by optimizer step: each item is a tuple of at most `accumulate` batches.
 
-    Iterating yields the rest of the current epoch; the next iteration is the next epoch, in another order that
-    depends on (seed, epoch) alone. `state_dict` says how far it came: a new Batches with the same arguments that loads
-    it goes on with exactly the batches that would have come. Packed rows are composed once and shuffled each epoch,
-    so every epoch has the same number of steps.
+    Iterating goes on without end, epoch after epoch; `epoch()` yields the rest of the current one. Each epoch comes in
+    another order, which depends on (seed, epoch number) alone; packed rows are composed once and then shuffled, so
+    every epoch has the same number of steps. `state_dict` says how far the batches were given out: another Batches
+    with the same arguments that loads it goes on with exactly the batches that would have come.
     """
 
     def __init__(
@@ -43,80 +43,92 @@ class Batches:
         self.packing = packing
         self.pad_id = pad_id
         self.seed = seed
-        self.epoch = 0
-        self.position = 0  # steps of this epoch that were given out
         self._samples = samples
-        self._rows = [] if isinstance(samples, Stream) else self._compose(samples)
+        self._rows = None if isinstance(samples, Stream) else self._compose(samples)
+        self._epoch = 0
+        self._position = 0  # steps of this epoch that were given out
 
     @property
     def steps_per_epoch(self) -> int | None:
         """Optimizer steps in one epoch; None for a stream, whose length nobody knows."""
-        if isinstance(self._samples, Stream):
+        if self._rows is None:
             return None
         return -(-len(self._rows) // (self.micro_batch * self.accumulate))
 
     def __iter__(self) -> Iterator[tuple[Batch, ...]]:
-        epoch, done = self.epoch, self.position
-        groups = _grouped(self._epoch_rows(epoch), self.micro_batch * self.accumulate)
-        for group in islice(groups, done, None):
-            self.position += 1
-            yield tuple(pack.collate(rows, pad_id=self.pad_id) for rows in _grouped(iter(group), self.micro_batch))
-        if self.position == 0:
-            raise DataError("the stream gave no usable row in a whole pass", fix="Check the data with streaming off.")
-        self.epoch, self.position = epoch + 1, 0
-
-    def forever(self) -> Iterator[tuple[Batch, ...]]:
-        """Yield steps without end, epoch after epoch."""
         while True:
-            yield from self
+            yield from self.epoch()
 
-    def state_dict(self) -> dict[str, int]:
-        """Return how far the batches were given out: plain numbers."""
-        return {"epoch": self.epoch, "position": self.position, "seed": self.seed}
+    def epoch(self) -> Iterator[tuple[Batch, ...]]:
+        """Yield the rest of the current epoch. Raises DataError if a whole epoch has no sample."""
+        groups = _grouped(self._epoch_rows(), self.micro_batch * self.accumulate)
+        for group in islice(groups, self._position, None):
+            self._position += 1  # before the yield: a state saved while this step runs counts it
+            yield tuple(pack.collate(rows, pad_id=self.pad_id) for rows in _grouped(iter(group), self.micro_batch))
+        if self._position == 0:
+            raise DataError("a whole epoch gave no usable row", fix="Read the data ledger: it counts what was dropped.")
+        self._epoch, self._position = self._epoch + 1, 0
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where another Batches with the same arguments stood."""
-        if state["seed"] != self.seed:
-            raise DataError("the batches were drawn with another seed", got=state["seed"], fix=f"Use {self.seed}.")
-        self.epoch, self.position = int(state["epoch"]), int(state["position"])
+    def state_dict(self) -> dict[str, int | None]:
+        """Return how far the batches were given out, and what they were made from: plain numbers."""
+        return {"epoch": self._epoch, "position": self._position, **self._made_from()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where another Batches stood; raise DataError if it was made from other data or settings."""
+        for name, value in self._made_from().items():
+            if state[name] != value:
+                raise DataError(
+                    f"the batches cannot go on: {name} has changed since the checkpoint",
+                    got=f"{value}, then {state[name]}",
+                    fix="Resume with the same data, settings and seed, or start a new run.",
+                )
+        self._epoch, self._position = int(state["epoch"]), int(state["position"])
+
+    def _made_from(self) -> dict[str, int | None]:
+        rows = None if self._rows is None else len(self._rows)
+        return {"seed": self.seed, "rows": rows, "rows_per_step": self.micro_batch * self.accumulate}
 
     def _compose(self, samples: Samples) -> list[list[int]]:
         if not self.packing:
             return [[index] for index in range(len(samples))]
-        order = torch.randperm(len(samples), generator=_generator(self.seed, -1)).tolist()
+        order = torch.randperm(len(samples), generator=_generator(self.seed, epoch=-1)).tolist()
         rows = pack.best_fit([samples.length(index) for index in order], self.length)
         return [[order[index] for index in row] for row in rows]
 
-    def _epoch_rows(self, epoch: int) -> Iterator[list[Sample]]:
+    def _epoch_rows(self) -> Iterator[list[Sample]]:
         if isinstance(self._samples, Stream):
-            yield from self._stream_rows(self._samples.epoch(epoch))
+            yield from self._stream_rows(self._samples.epoch(self._epoch))
             return
-        for number in torch.randperm(len(self._rows), generator=_generator(self.seed, epoch)).tolist():
+        assert self._rows is not None
+        for number in torch.randperm(len(self._rows), generator=_generator(self.seed, epoch=self._epoch)).tolist():
             yield [self._samples[index] for index in self._rows[number]]
 
     def _stream_rows(self, stream: Iterator[Sample]) -> Iterator[list[Sample]]:
-        if not self.packing:
-            for sample in stream:
-                yield [sample]
-            return
-        for window in _grouped(stream, WINDOW):
+        for window in _grouped(stream, WINDOW if self.packing else 1):
             for row in pack.best_fit([len(sample.ids) for sample in window], self.length):
                 yield [window[index] for index in row]
 
 
-def in_order(
-    samples: Sequence[Sample], *, length: int, micro_batch: int, packing: bool, pad_id: int
-) -> Iterator[Batch]:
-    """Yield every sample once, in an order that never changes: for evaluation."""
-    if packing:
-        rows = pack.best_fit([len(sample.ids) for sample in samples], length)
-    else:
-        rows = [[index] for index in range(len(samples))]
-    for group in _grouped(iter(rows), micro_batch):
-        yield pack.collate([[samples[index] for index in row] for row in group], pad_id=pad_id)
+class InOrder:
+    """Every sample once, in an order that never changes: for evaluation. Iterable again and again."""
+
+    def __init__(self, samples: Samples, *, length: int, micro_batch: int, packing: bool = True, pad_id: int) -> None:
+        count = len(samples)
+        lengths = [samples.length(index) for index in range(count)]
+        self._rows = pack.best_fit(lengths, length) if packing else [[index] for index in range(count)]
+        self._samples = samples
+        self._micro_batch = micro_batch
+        self._pad_id = pad_id
+
+    def __len__(self) -> int:
+        return -(-len(self._rows) // self._micro_batch)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for group in _grouped(iter(self._rows), self._micro_batch):
+            yield pack.collate([[self._samples[index] for index in row] for row in group], pad_id=self._pad_id)
 
 
-def _generator(seed: int, epoch: int) -> torch.Generator:
+def _generator(seed: int, *, epoch: int) -> torch.Generator:
     """Return the generator of one epoch; epoch -1 composes the packed rows."""
     return torch.Generator().manual_seed((seed * 1_000_003 + epoch + 1) % 2**63)
 

@@ -3,9 +3,9 @@
 The spans are found in one of three ways, the first that holds:
 
 1. the template marks the replies itself with `{% generation %}` (transformers' convention);
-2. marks: the conversation is rendered once more with two private characters around each reply; if the text without
-   them equals the true text, they stand where the reply stands. The words that the template puts between the
-   generation prompt and the reply (such as an empty `<think>` block) belong to the reply: the model must write them;
+2. marks: the conversation is rendered once more with private characters around each reply; if the text without them
+   equals the true text, they stand where the reply stands. What the template puts between the generation prompt and
+   the reply (such as an empty `<think>` block) belongs to the reply: the model must write it;
 3. prefixes: the reply is what `messages[:i+1]` renders beyond `messages[:i]` with the generation prompt.
 """
 
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import TemplateError
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from decal.data.shapes import Chat, Turn
+from decal.data.shapes import Call, Chat, Turn
 from decal.errors import DataError
 
 if TYPE_CHECKING:
@@ -33,9 +33,10 @@ CHATML = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 PLAIN = (
-    "{% for m in messages %}{{ '### ' + m['role'] | capitalize + ':\\n' + m['content'] }}"
-    "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\\n\\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '### Assistant:\\n' }}{% endif %}"
+    "{% for m in messages %}{% if not loop.first %}{{ '\\n\\n' }}{% endif %}"
+    "{{ '### ' + m['role'] | capitalize + ':\\n' + m['content'] }}"
+    "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '\\n\\n### Assistant:\\n' }}{% endif %}"
 )
 OPEN, CLOSE = "\ue0d0", "\ue0d1"  # private-use characters: no data and no template holds them
 PROBE = "decalprobe"  # a word that no template holds
@@ -62,10 +63,10 @@ class ChatFormat:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str, *, notes: Sequence[str] = ()) -> None:
         self.template = template
         self.notes: dict[str, None] = dict.fromkeys(notes)  # an ordered set
-        self._special = {**tokenizer.special_tokens_map, "bos_token": tokenizer.bos_token or ""}
+        self._special = dict(tokenizer.special_tokens_map)
         self._marked = "endgeneration" in template
         self._supports: dict[str, bool] = {}
-        self.generation_prompt = self._generation_prompt()
+        self.generation_prompt, self._lead = self._learn_header()
 
     def write(self, chat: Chat) -> Rendered:
         """Return the text and the reply spans; raise Refused if the template cannot write this conversation."""
@@ -76,7 +77,9 @@ class ChatFormat:
         text, tagged = self._render(messages, tools)
         if self._marked:
             return Rendered(text=text, spans=_tagged(tagged, turns))
-        marks = self._marks(text, messages, tools, learnt)
+        marks = self._marks(text, messages, tools, learnt, both=True)
+        if not marks:
+            marks = self._marks(text, messages, tools, learnt, both=False)
         spans = [marks[i] if i in marks else self._prefix(text, messages, tools, i) for i in learnt]
         return Rendered(text=text, spans=tuple(spans))
 
@@ -103,35 +106,56 @@ class ChatFormat:
             raise Refused(str(error)) from error
         return texts[0], (tagged[0] if self._marked else [])
 
-    def _generation_prompt(self) -> str:
-        question: list[Message] = [{"role": "user", "content": PROBE}]
+    def _learn_header(self) -> tuple[str, str]:
+        """Return the generation prompt, and what the template puts between it and the words of a reply."""
+        question: Message = {"role": "user", "content": PROBE}
         try:
-            plain = self._render(question, None)[0]
-            asked = self._render(question, None, generation_prompt=True)[0]
+            plain = self._render([question], None)[0]
+            asked = self._render([question], None, generation_prompt=True)[0]
+            answered = self._render([question, {"role": "assistant", "content": PROBE}], None)[0]
         except Refused:
-            return ""
-        return asked.removeprefix(plain) if asked.startswith(plain) else ""
+            return "", ""
+        prompt = asked.removeprefix(plain) if asked.startswith(plain) else ""
+        at = answered.rfind(PROBE)
+        lead = answered[len(asked) : at] if answered.startswith(asked) and at > len(asked) else ""
+        return prompt, lead
 
-    def _marks(self, text: str, messages: list[Message], tools: list[Any] | None, learnt: list[int]) -> dict[int, Span]:
-        """Return the spans of the replies that marks can show; empty if the marks change the text."""
-        marked = list(messages)
+    def _marks(
+        self, text: str, messages: list[Message], tools: list[Any] | None, learnt: list[int], *, both: bool
+    ) -> dict[int, Span]:
+        """Return the spans of the replies that marks can show; empty if the marks change or leave the text.
+
+        `both=False` marks the ends alone: some templates take the reply apart at its start (`<think>`).
+        """
         shown = [i for i in learnt if messages[i]["content"].strip() and "tool_calls" not in messages[i]]
+        if not shown or not (both or self.generation_prompt):
+            return {}
+        marked = list(messages)
         for i in shown:
-            marked[i] = {**messages[i], "content": _mark(messages[i]["content"])}
+            marked[i] = {**messages[i], "content": _mark(messages[i]["content"], OPEN if both else "")}
         try:
-            with_marks = self._render(marked, tools)[0]
+            pieces = self._render(marked, tools)[0].split(CLOSE)
         except Refused:
             return {}
-        pieces = with_marks.replace(CLOSE, OPEN).split(OPEN)
-        if len(pieces) != 2 * len(shown) + 1 or "".join(pieces) != text:
+        if len(pieces) != len(shown) + 1 or "".join(pieces).replace(OPEN, "") != text:
             return {}
         spans: dict[int, Span] = {}
-        here = last = 0
-        for number, i in enumerate(shown):
-            start = here + len(pieces[2 * number])
-            end = here = start + len(pieces[2 * number + 1])
-            prompt_at = text.rfind(self.generation_prompt, last, start) if self.generation_prompt else -1
-            spans[i] = (prompt_at + len(self.generation_prompt) if prompt_at >= 0 else start, end)
+        last = 0
+        for i, piece in zip(shown, pieces, strict=False):
+            before, opened, _ = piece.rpartition(OPEN)
+            end = last + len(piece) - len(opened)
+            start = last + len(before) if opened else end
+            if both and not opened:
+                return {}
+            if text.endswith(self.generation_prompt + self._lead, last, start):
+                start -= len(self._lead)
+            elif self.generation_prompt and not text.endswith(self.generation_prompt, last, start):
+                prompt_at = text.rfind(self.generation_prompt, last, start)
+                if prompt_at >= 0:
+                    start = prompt_at + len(self.generation_prompt)
+                elif not both:
+                    return {}
+            spans[i] = (start, end)
             last = end
         return spans
 
@@ -184,7 +208,7 @@ class ChatFormat:
 
     def _probe(self, what: str) -> bool:
         user, reply = Turn(role="user", content="hello"), Turn(role="assistant", content="hello")
-        call = Turn(role="assistant", content="", calls=(_probe_call("probe" if what == "tool" else PROBE),))
+        call = Turn(role="assistant", content="", calls=(Call(name="f" if what == "tool" else PROBE, arguments={}),))
         tools: list[Any] | None = None
         if what == "system":
             turns = [Turn(role="system", content=PROBE), user, reply]
@@ -247,17 +271,11 @@ def _message(turn: Turn) -> Message:
     return message
 
 
-def _probe_call(name: str) -> Any:
-    from decal.data.shapes import Call
-
-    return Call(name=name, arguments={})
-
-
-def _mark(content: str) -> str:
+def _mark(content: str, opening: str) -> str:
     """Put the marks inside the outer white space, so that templates that trim still see it at the edge."""
     words = content.strip()
     start = content.index(words)
-    return content[:start] + OPEN + words + CLOSE + content[start + len(words) :]
+    return content[:start] + opening + words + CLOSE + content[start + len(words) :]
 
 
 def _tagged(spans: Sequence[Span], turns: Sequence[Turn]) -> tuple[Span, ...]:

@@ -25,9 +25,9 @@ EMPTY = "no tokens"
 class Ledger:
     """Counts of one data set after tokenisation. Tokens are counted without padding.
 
-    `loss_by_role` is the share of learnt tokens in replies and outside of them (sums to 1). `fill` is the share of a
-    packed batch that is not padding. `digest` is the sha256 over all samples, whatever their order. `partial`: a
-    stream, of which only the first rows were counted.
+    `loss_by_role` is the share of the learnt tokens in replies ("assistant", or "text" for plain text) and outside of
+    them ("prompt"). `fill` is the share of packed rows that is not padding. `digest` is the sha256 over all samples,
+    whatever their order. `partial`: a stream, of which only the first rows were counted.
     """
 
     source: str
@@ -114,9 +114,16 @@ class Tally:
         return frozenset(self._digests)
 
     def close(
-        self, *, source: str, shape: str, fill: float | None, notes: tuple[str, ...], partial: bool = False
+        self,
+        *,
+        source: str,
+        shape: str,
+        learnt: str,
+        fill: float | None,
+        notes: tuple[str, ...],
+        partial: bool = False,
     ) -> Ledger:
-        """Return the ledger."""
+        """Return the ledger; `learnt` names the role whose tokens are meant to be learnt."""
         more = []
         if self.first_refusal is not None:
             more.append(f"the chat template refused {self.dropped[REFUSED]} rows; {self.first_refusal}")
@@ -135,7 +142,7 @@ class Tally:
             tokens=self.tokens,
             loss_tokens=self.loss_tokens,
             longest=self.longest,
-            loss_by_role={"assistant": share, "prompt": 1.0 - share},
+            loss_by_role={learnt: share, "prompt": 1.0 - share},
             fill=fill,
             notes=(*notes, *more),
             digest=hashlib.sha256(b"".join(sorted(self._digests))).hexdigest(),

@@ -54,7 +54,7 @@ def prepare(config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, seed: int
     train: Samples | Stream
     if config.streaming:
         if held_out is None and config.eval_rows:
-            held_out = list(rows.part(limit=config.eval_rows))
+            held_out = list(rows.part(limit=config.eval_rows))  # the first ones: nobody knows how many there are
             rows = rows.part(skip=config.eval_rows)
         train, train_ledger, seen = _stream(config, encoder, rows, seed=seed)
     else:
@@ -80,7 +80,7 @@ def prepare(config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, seed: int
 
 def _open_evaluation(config: DataConfig) -> source.Rows | None:
     if config.eval_path is not None:
-        return source.open_rows(config.eval_path, split=config.eval_split or "test")
+        return source.open_rows(config.eval_path, split=config.eval_split or _evaluation_split(config.eval_path))
     if config.eval_split is None:
         return None
     if Path(config.path).expanduser().is_file():
@@ -90,6 +90,12 @@ def _open_evaluation(config: DataConfig) -> source.Rows | None:
             fix="Give eval_path, or eval_rows to hold some rows out.",
         )
     return source.open_rows(config.path, split=config.eval_split)
+
+
+def _evaluation_split(path: str) -> str:
+    folder = Path(path).expanduser()
+    there = source.split_files(folder) if folder.is_dir() else {}
+    return next((name for name in ("validation", "test", "train") if name in there), "test")
 
 
 def _hold_out(
@@ -132,7 +138,7 @@ def _stream(
     notes.append(f"a stream: this ledger counts its first {PROBED} rows")
 
     def make(epoch: int) -> Iterator[Sample]:
-        numbered = rows.shuffled(seed, epoch)
+        numbered = rows.shuffled(seed=seed, epoch=epoch)
         return encoder.encode(((n, shape.read(row, n)) for n, row in numbered), Tally())
 
     tally = Tally()
@@ -157,7 +163,13 @@ def _close(
     if config.packing and len(samples):
         lengths = [samples.length(i) for i in range(len(samples))]
         fill = sum(lengths) / (len(pack.best_fit(lengths, config.max_length)) * config.max_length)
-    closed = tally.close(source=name, shape=shape.says, fill=fill, notes=(*notes, *encoder.notes), partial=partial)
-    needs_stop = shape.name != "text"
-    ledger.check(closed, needs_stop=needs_stop, max_length=config.max_length)
+    closed = tally.close(
+        source=name,
+        shape=shape.says,
+        learnt="text" if shape.name == "text" else "assistant",
+        fill=fill,
+        notes=(*notes, *encoder.notes),
+        partial=partial,
+    )
+    ledger.check(closed, needs_stop=shape.name != "text", max_length=config.max_length)
     return closed

@@ -260,10 +260,12 @@ def _template_shape(template: str, row: Row) -> Shape:
             )
     last = list(PLACEHOLDER.finditer(template))[-1]
     head, tail = template[: last.start()], template[last.end() :]
+    prompt_head = head.rstrip(" ")
+    gap = head[len(prompt_head) :]  # tokenizers join a blank to the word behind it: it belongs to the completion
 
     def read(row: Row, number: int) -> Example:
-        prompt = PLACEHOLDER.sub(lambda match: _cell(row, match[1], number), head)
-        return Pair(prompt=prompt, completion=_cell(row, names[-1], number) + tail)
+        prompt = PLACEHOLDER.sub(lambda match: _cell(row, match[1], number), prompt_head)
+        return Pair(prompt=prompt, completion=gap + _cell(row, names[-1], number) + tail)
 
     return Shape(name="template", says=f"the template {template!r}", read=read, used=tuple(names))
 

@@ -22,10 +22,9 @@ from decal.errors import DataError, nearest
 
 Row = Mapping[str, Any]
 
-FORMATS = {".jsonl": "lines", ".json": "json", ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet"}
+FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet"}
 AS_TEXT: Mapping[str, Any] = {"dtype": str, "keep_default_na": False}
 BUILDERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
-    "lines": ("text", {}),
     "json": ("text", {}),
     "csv": ("csv", AS_TEXT),
     "tsv": ("csv", {**AS_TEXT, "sep": "\t"}),
@@ -48,48 +47,47 @@ SHUFFLE_BUFFER = 1000  # rows held while a stream is shuffled
 
 @dataclass(frozen=True, kw_only=True)
 class Rows:
-    """The rows of one split, in order, readable again and again; numbered from 1.
-
-    `stream` says whether they are read from disk or network as they are used (then the count is unknown).
-    """
+    """The rows of one split, in order, readable again and again; numbered from 1 (blank lines do not count)."""
 
     name: str
     data: Any  # datasets.Dataset, datasets.IterableDataset or a list of rows
-    stream: bool = False
     lines: tuple[Path, ...] = ()  # the JSON-lines files behind `data`, whose rows are then single lines of text
-    skip: int = 0
-    limit: int | None = None
+    first: int = 1  # the number of the first row
 
     def __iter__(self) -> Iterator[tuple[int, Row]]:
-        return self._read(self.data)
-
-    def shuffled(self, seed: int, epoch: int) -> Iterator[tuple[int, Row]]:
-        """Yield the rows of a stream in the order of one epoch: files shuffled, then rows within a buffer."""
-        data = _cut(self.data, self.skip, self.limit)
-        data = data.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)
-        data.set_epoch(epoch)
-        return Rows(name=self.name, data=data, stream=True, lines=self.lines)._read(data)
+        names = _class_names(self.data)
+        number = self.first
+        for row in _guarded(self.data, self.name):
+            if self.lines:
+                if not row["text"].strip():
+                    continue
+                row = _decode(row["text"], self.lines)
+            elif not isinstance(self.data, list):
+                row = {
+                    key: names[key](value) if key in names and value is not None else _prune(value)
+                    for key, value in row.items()
+                }
+            yield number, row
+            number += 1
 
     def part(self, *, skip: int = 0, limit: int | None = None) -> Rows:
-        """Return the rows after the first `skip`, `limit` of them at most; only for a stream that is yet uncut."""
-        assert self.skip == 0
-        rest = None if self.limit is None else max(self.limit - skip, 0)
-        limit = rest if limit is None else limit if rest is None else min(limit, rest)
-        return Rows(name=self.name, data=self.data, stream=self.stream, lines=self.lines, skip=skip, limit=limit)
+        """Return the rows after the first `skip`, at most `limit` of them."""
+        data = self.data
+        if isinstance(data, list):
+            data = data[skip:] if limit is None else data[skip : skip + limit]
+        else:
+            data = data.skip(skip) if skip else data
+            data = data if limit is None else data.take(limit)
+        return Rows(name=self.name, data=data, lines=self.lines, first=self.first + skip)
 
-    def _read(self, data: Any) -> Iterator[tuple[int, Row]]:
-        names = _class_names(data)
-        number = 0
-        for row in _guarded(_cut(data, self.skip, self.limit) if data is self.data else data, self.name):
-            if self.lines:
-                line = row["text"]
-                if not line.strip():
-                    continue
-                row = _decode(line, self.lines)
-            elif names:
-                row = {**row, **{key: label(row[key]) for key, label in names.items()}}
-            number += 1
-            yield number + self.skip, row
+    def shuffled(self, *, seed: int, epoch: int) -> Rows:
+        """Return the rows of a stream in the order of one epoch: files shuffled, then rows within a buffer.
+
+        The numbers then count rows as they come, not as they stand in the files.
+        """
+        data = self.data.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)
+        data.set_epoch(epoch)
+        return Rows(name=self.name, data=data, lines=self.lines)
 
 
 def open_rows(path: str, *, split: str, streaming: bool = False, limit: int | None = None) -> Rows:
@@ -98,23 +96,31 @@ def open_rows(path: str, *, split: str, streaming: bool = False, limit: int | No
     A single file is its own split; in a folder the file names say the split (`train`, `valid`, `test`, ...).
     Raises DataError if nothing is there, the split is unknown, or a file cannot be read.
     """
+    rows = _open(path, split=split, streaming=streaming)
+    return rows if limit is None else rows.part(limit=limit)
+
+
+def _open(path: str, *, split: str, streaming: bool) -> Rows:
     place = Path(path).expanduser()
     if place.is_file():
-        return _open_files([place], name=path, streaming=streaming, limit=limit)
+        return _open_files([place], name=path, streaming=streaming)
     if place.is_dir():
         if (place / "state.json").is_file() or (place / "dataset_dict.json").is_file():
-            return _open_saved(place, split=split, streaming=streaming, limit=limit)
+            return _open_saved(place, split=split, streaming=streaming)
         files = split_files(place)
+        split = SPLIT_WORDS.get(split, split)
         if split not in files:
             raise DataError(
                 f"the folder has no split {split!r}{nearest(split, files)}",
                 got=f"{path} with {_words(files)}",
                 fix="Name a split that is there; the file names say it (train, valid, test).",
             )
-        return _open_files(files[split], name=f"{path} ({split})", streaming=streaming, limit=limit)
+        return _open_files(files[split], name=f"{path} ({split})", streaming=streaming)
     if _looks_local(path):
         raise _missing(place)
-    return _open_hub(path, split=split, streaming=streaming, limit=limit)
+    repository, _, config = path.partition(":")
+    data = _load(repository, name=path, config=config or None, split=split, streaming=streaming)
+    return Rows(name=f"{path} ({split})", data=data)
 
 
 def split_files(folder: Path) -> dict[str, list[Path]]:
@@ -157,36 +163,29 @@ def _format(file: Path) -> str | None:
     return FORMATS.get(suffixes[-1]) if suffixes else None
 
 
-def _open_files(files: list[Path], *, name: str, streaming: bool, limit: int | None) -> Rows:
-    formats = {_format(file) for file in files}
-    if len(formats) > 1 and not formats <= {"lines", "json"}:
+def _open_files(files: list[Path], *, name: str, streaming: bool) -> Rows:
+    kinds = {_format(file) for file in files}
+    kind = kinds.pop()
+    if kinds:
         raise DataError(
             "one split mixes file formats", got=", ".join(file.name for file in files), fix="Keep one format a split."
         )
+    if kind is None:
+        raise DataError("unknown kind of data file", got=files[0], fix=f"decal reads {', '.join(FORMATS)} (also .gz).")
     for file in files:
         if file.stat().st_size == 0:
             raise DataError("the data file is empty", got=file, fix="Give a file with at least one row.")
-    kind = formats.pop()
-    if kind is None:
-        raise DataError("unknown kind of data file", got=files[0], fix=f"decal reads {', '.join(FORMATS)}.")
     if kind == "json" and _is_array(files[0]):
-        rows = [row for file in files for row in _read_array(file)]
-        data = datasets.IterableDataset.from_generator(_each, gen_kwargs={"rows": rows}) if streaming else rows
-        return Rows(name=name, data=data, stream=streaming, limit=limit)
+        array = [row for file in files for row in _read_array(file)]
+        data = datasets.IterableDataset.from_generator(_each, gen_kwargs={"rows": array}) if streaming else array
+        return Rows(name=name, data=data)
     builder, options = BUILDERS[kind]
     paths = [str(file.resolve()) for file in files]
     data = _load(builder, name=name, data_files={"train": paths}, split="train", streaming=streaming, **options)
-    lines = tuple(files) if builder == "text" else ()
-    return Rows(name=name, data=data, stream=streaming, lines=lines, limit=limit)
+    return Rows(name=name, data=data, lines=tuple(files) if kind == "json" else ())
 
 
-def _open_hub(path: str, *, split: str, streaming: bool, limit: int | None) -> Rows:
-    repository, _, config = path.partition(":")
-    data = _load(repository, name=path, config=config or None, split=split, streaming=streaming)
-    return Rows(name=f"{path} ({split})", data=data, stream=streaming, limit=limit)
-
-
-def _open_saved(folder: Path, *, split: str, streaming: bool, limit: int | None) -> Rows:
+def _open_saved(folder: Path, *, split: str, streaming: bool) -> Rows:
     """A folder that `Dataset.save_to_disk` wrote."""
     data = datasets.load_from_disk(str(folder))
     if isinstance(data, datasets.DatasetDict):
@@ -197,7 +196,7 @@ def _open_saved(folder: Path, *, split: str, streaming: bool, limit: int | None)
                 fix="Name a split that is there.",
             )
         data = data[split]
-    return Rows(name=str(folder), data=data.to_iterable_dataset() if streaming else data, stream=streaming, limit=limit)
+    return Rows(name=str(folder), data=data.to_iterable_dataset() if streaming else data)
 
 
 def _load(builder: str, *, name: str, config: str | None = None, split: str, **options: Any) -> Any:
@@ -242,20 +241,17 @@ def _quiet() -> Iterator[None]:
             datasets.utils.enable_progress_bars()
 
 
-def _cut(data: Any, skip: int, limit: int | None) -> Any:
-    if isinstance(data, list):
-        return data[skip:] if limit is None else data[skip : skip + limit]
-    if skip:
-        data = data.skip(skip)
-    if limit is None:
-        return data
-    return data.take(limit)
-
-
 def _class_names(data: Any) -> dict[str, Any]:
     """For columns that hold class numbers with names: the function from number to name (people mean the name)."""
     features = getattr(data, "features", None) or {}
     return {key: kind.int2str for key, kind in features.items() if isinstance(kind, datasets.ClassLabel)}
+
+
+def _prune(value: Any) -> Any:
+    """Take away the None that Arrow puts where one row lacks a key that another has (in messages, calls, tools)."""
+    if isinstance(value, dict):
+        return {key: _prune(inner) for key, inner in value.items() if inner is not None}
+    return [_prune(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _decode(line: str, files: tuple[Path, ...]) -> Row:
@@ -276,7 +272,7 @@ def _broken_line(line: str, error: json.JSONDecodeError, files: tuple[Path, ...]
     near = line[max(error.pos - 30, 0) : error.pos + 30]
     return DataError(
         f"{_place(line, files)} is not JSON: {error.msg} at column {error.colno}, near {near!r}",
-        fix="Correct or delete this line; each line holds one whole JSON object.",
+        fix="Correct or delete this line: each line holds one whole JSON object (or the whole file is one array).",
     )
 
 
