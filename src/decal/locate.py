@@ -44,7 +44,9 @@ def _download(name: str, *, kind: str, revision: str | None, patterns: Sequence[
         return Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns) if patterns else None))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
+        at = f" at revision {revision!r}" if revision else ""
         raise DecalError(
-            f"{name!r} is neither a local folder nor a {kind} that the hub gave ({type(error).__name__}: {reason})",
+            f"no {kind} {name!r}{at}: there is no such folder here, and the hub gave none "
+            f"({type(error).__name__}: {reason})",
             fix="Check the spelling and the network; HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE=1 apply.",
         ) from error

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from decal import locate
 from decal.errors import AdapterError, ConfigError, DecalError, Unsupported, nearest
@@ -73,6 +73,11 @@ def config_error(error: ValidationError, model: type[BaseModel]) -> DecalError:
 def _names(value: Any) -> Any:
     """Sets (older PEFT files hold them as lists in any order) become sorted lists."""
     return sorted(value) if isinstance(value, (set, frozenset)) else value
+
+
+def _whole(value: float) -> float:
+    """PEFT declares alpha an int: 16.0 stays, reads and is written as 16."""
+    return int(value) if value.is_integer() else value
 
 
 Names = Annotated[list[str] | str | None, BeforeValidator(_names)]
@@ -145,7 +150,7 @@ class LoraConfig(PeftConfig):
     """
 
     r: int = Field(default=8, ge=1)
-    lora_alpha: float = Field(default=8, gt=0)
+    lora_alpha: Annotated[float, Field(gt=0), AfterValidator(_whole)] = 8
     lora_dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
     target_modules: Names = None
     exclude_modules: Names = None
@@ -217,8 +222,7 @@ class LoraConfig(PeftConfig):
 
     def to_dict(self) -> dict[str, Any]:
         values = super().to_dict()
-        for name in ("lora_alpha",):  # PEFT declares it an int; 16.0 is written 16
-            values[name] = int(values[name]) if float(values[name]).is_integer() else values[name]
+        values["lora_alpha"] = self.lora_alpha  # whole numbers as such, which a dump makes floats
         values["alpha_pattern"] = {k: int(v) if v.is_integer() else v for k, v in self.alpha_pattern.items()}
         return values
 
