@@ -3,9 +3,10 @@
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32  # most CPUs are slow in 16 bits
 tokenizer = AutoTokenizer.from_pretrained("./smollm2")
-base_model = AutoModelForCausalLM.from_pretrained("./smollm2", dtype=torch.bfloat16, device_map="auto")
-merged_model = AutoModelForCausalLM.from_pretrained("./smollm2-merged", dtype=torch.bfloat16, device_map="auto")
+base_model = AutoModelForCausalLM.from_pretrained("./smollm2", dtype=dtype, device_map="auto")
+merged_model = AutoModelForCausalLM.from_pretrained("./smollm2-merged", dtype=dtype, device_map="auto")
 
 test_prompts = [
     "Explain photosynthesis to a 10-year-old.",

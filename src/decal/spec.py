@@ -150,7 +150,7 @@ class LoraConfig(PeftConfig):
     """
 
     r: int = Field(default=8, ge=1)
-    lora_alpha: Annotated[float, Field(gt=0), AfterValidator(_whole)] = 8
+    lora_alpha: Annotated[float, Field(gt=0, allow_inf_nan=False), AfterValidator(_whole)] = 8
     lora_dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
     target_modules: Names = None
     exclude_modules: Names = None
