@@ -6,7 +6,9 @@ The spans are found in one of three ways, the first that holds:
 2. marks: the conversation is rendered once more with private characters around each reply; if the text without them
    equals the true text, they stand where the reply stands. What the template puts between the generation prompt and
    the reply (such as an empty `<think>` block) belongs to the reply: the model must write it;
-3. prefixes: the reply is what `messages[:i+1]` renders beyond `messages[:i]` with the generation prompt.
+3. prefixes: the reply is what `messages[:i+1]` renders beyond `messages[:i]` with the generation prompt; where the
+   template writes a past reply otherwise than a last one, it lies between the header and the tail of replies around
+   one mark. If that fails too, it is an error.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
@@ -39,7 +42,8 @@ PLAIN = (
     "{% if add_generation_prompt %}{{ '\\n\\n### Assistant:\\n' }}{% endif %}"
 )
 OPEN, CLOSE = "\ue0d0", "\ue0d1"  # private-use characters: no data and no template holds them
-PROBE = "decalprobe"  # a word that no template holds
+PROBES = ("decalproba", "decalprobb", "decalprobc", "decalprobd")  # words that no template holds
+PROBE = PROBES[0]
 
 
 class Refused(Exception):
@@ -66,7 +70,7 @@ class ChatFormat:
         self._special = dict(tokenizer.special_tokens_map)
         self._marked = "endgeneration" in template
         self._supports: dict[str, bool] = {}
-        self.generation_prompt, self._lead = self._learn_header()
+        self._header, self._lead, self._tail = self._learn_frame()
 
     def write(self, chat: Chat) -> Rendered:
         """Return the text and the reply spans; raise Refused if the template cannot write this conversation."""
@@ -77,11 +81,11 @@ class ChatFormat:
         text, tagged = self._render(messages, tools)
         if self._marked:
             return Rendered(text=text, spans=_tagged(tagged, turns))
-        marks = self._marks(text, messages, tools, learnt, both=True)
-        if not marks:
-            marks = self._marks(text, messages, tools, learnt, both=False)
-        spans = [marks[i] if i in marks else self._prefix(text, messages, tools, i) for i in learnt]
-        return Rendered(text=text, spans=tuple(spans))
+        spans = self._marks(text, messages, tools, learnt)
+        for i in learnt:
+            if i not in spans:
+                spans[i] = self._prefix(text, messages, tools, i)
+        return Rendered(text=text, spans=tuple(spans[i] for i in learnt))
 
     def text(self, chat: Chat, *, generation_prompt: bool = False) -> str:
         """Return the conversation as text."""
@@ -106,73 +110,95 @@ class ChatFormat:
             raise Refused(str(error)) from error
         return texts[0], (tagged[0] if self._marked else [])
 
-    def _learn_header(self) -> tuple[str, str]:
-        """Return the generation prompt, and what the template puts between it and the words of a reply."""
-        question: Message = {"role": "user", "content": PROBE}
-        try:
-            plain = self._render([question], None)[0]
-            asked = self._render([question], None, generation_prompt=True)[0]
-            answered = self._render([question, {"role": "assistant", "content": PROBE}], None)[0]
-        except Refused:
-            return "", ""
-        prompt = asked.removeprefix(plain) if asked.startswith(plain) else ""
-        at = answered.rfind(PROBE)
-        lead = answered[len(asked) : at] if answered.startswith(asked) and at > len(asked) else ""
-        return prompt, lead
+    def _learn_frame(self) -> tuple[str, str, str]:
+        """Return what the template puts around a reply, as (header, lead, tail).
 
-    def _marks(
-        self, text: str, messages: list[Message], tools: list[Any] | None, learnt: list[int], *, both: bool
-    ) -> dict[int, Span]:
-        """Return the spans of the replies that marks can show; empty if the marks change or leave the text.
-
-        `both=False` marks the ends alone: some templates take the reply apart at its start (`<think>`).
+        The header stands in the generation prompt too; the lead between it and the words must be generated; the tail
+        is what follows the words, amid a conversation and at its end alike.
         """
+        said = [{"role": "assistant" if i % 2 else "user", "content": word} for i, word in enumerate(PROBES)]
+        try:
+            plain, asked, one, two = (
+                self._render(messages, None, generation_prompt=prompt)[0]
+                for messages, prompt in ((said[:1], False), (said[:1], True), (said[:2], False), (said, False))
+            )
+        except Refused:
+            return "", "", ""
+        words, last = two.rfind(PROBES[1]), two.rfind(PROBES[3])
+        tail = _common(two[words + len(PROBES[1]) :], two[last + len(PROBES[3]) :]) if 0 < words < last else ""
+        if not asked.startswith(plain):
+            return "", "", tail
+        asked, one = asked[len(plain) :], one[len(plain) :]
+        header = _common(asked, one)
+        if header != asked:
+            left = asked[len(header) :]
+            self._note(f"the generation prompt ends in {left!r}, which stands before no reply in training")
+        lead = one[len(header) : max(one.rfind(PROBES[1]), len(header))]
+        return header, lead, tail
+
+    def _marks(self, text: str, messages: list[Message], tools: list[Any] | None, learnt: list[int]) -> dict[int, Span]:
+        """Return the spans of the replies that marks can show; empty if the marks change the text or get lost."""
         shown = [i for i in learnt if messages[i]["content"].strip() and "tool_calls" not in messages[i]]
-        if not shown or not (both or self.generation_prompt):
+        if not shown:
             return {}
         marked = list(messages)
         for i in shown:
-            marked[i] = {**messages[i], "content": _mark(messages[i]["content"], OPEN if both else "")}
+            marked[i] = {**messages[i], "content": _mark(messages[i]["content"])}
         try:
-            pieces = self._render(marked, tools)[0].split(CLOSE)
+            pieces = self._render(marked, tools)[0].replace(CLOSE, OPEN).split(OPEN)
         except Refused:
             return {}
-        if len(pieces) != len(shown) + 1 or "".join(pieces).replace(OPEN, "") != text:
+        if len(pieces) != 2 * len(shown) + 1 or "".join(pieces) != text:
             return {}
         spans: dict[int, Span] = {}
         last = 0
-        for i, piece in zip(shown, pieces, strict=False):
-            before, opened, _ = piece.rpartition(OPEN)
-            end = last + len(piece) - len(opened)
-            start = last + len(before) if opened else end
-            if both and not opened:
-                return {}
-            if text.endswith(self.generation_prompt + self._lead, last, start):
+        for i, before, words in zip(shown, pieces[::2], pieces[1::2], strict=False):
+            start = last + len(before)
+            end = start + len(words)
+            if text.endswith(self._header + self._lead, last, start):
                 start -= len(self._lead)
-            elif self.generation_prompt and not text.endswith(self.generation_prompt, last, start):
-                prompt_at = text.rfind(self.generation_prompt, last, start)
-                if prompt_at >= 0:
-                    start = prompt_at + len(self.generation_prompt)
-                elif not both:
-                    return {}
+            elif self._header and not text.endswith(self._header, last, start):
+                header = text.rfind(self._header, last, start)
+                start = header + len(self._header) if header >= 0 else start
             spans[i] = (start, end)
             last = end
         return spans
 
     def _prefix(self, text: str, messages: list[Message], tools: list[Any] | None, i: int) -> Span:
         """Return the span of reply i as what messages[:i+1] renders beyond messages[:i] and the generation prompt."""
-        before = self._render(messages[:i], tools, generation_prompt=True)[0] if i else self.generation_prompt
-        after = self._render(messages[: i + 1], tools)[0]
-        for part, name in ((before, f"the first {i} messages"), (after, f"the first {i + 1} messages")):
+        try:
+            before = self._render(messages[:i], tools, generation_prompt=True)[0] if i else self._header
+            after = self._render(messages[: i + 1], tools)[0]
+        except Refused:  # a part of a conversation may be against the template's rules
+            found = self._landmark(text, messages, tools, i)
+            if found is None:
+                raise
+            return found
+        for part, count in ((before, i), (after, i + 1)):
             if not text.startswith(part):
-                at = next(k for k, (a, b) in enumerate(zip(text + "\0", part, strict=False)) if a != b)
-                raise DataError(
-                    f"the chat template writes {name} otherwise within the whole conversation, "
-                    f"so the reply cannot be found: alone {part[at : at + 40]!r}, whole {text[at : at + 40]!r}",
-                    got=f"after {text[max(at - 60, 0) : at]!r}",
-                    fix="Use a template that marks replies with {% generation %}, or split the conversation.",
-                )
+                found = self._landmark(text, messages, tools, i)
+                if found is None:
+                    raise _parting(text, part, count)
+                return found
         return len(before), len(after)
+
+    def _landmark(self, text: str, messages: list[Message], tools: list[Any] | None, i: int) -> Span | None:
+        """Return the span of reply i from the header before and the tail behind one mark inside it, if all are there.
+
+        For templates that write a past reply otherwise than a last one (without its thoughts, say).
+        """
+        if not self._header.strip() or not self._tail.strip():
+            return None
+        marked = list(messages)
+        marked[i] = _landmarked(messages[i])
+        try:
+            before, *rest = self._render(marked, tools)[0].split(CLOSE)
+        except Refused:
+            return None
+        if len(rest) != 1 or before + rest[0] != text:
+            return None
+        start, end = before.rfind(self._header), text.find(self._tail, len(before))
+        return (start + len(self._header), end + len(self._tail)) if start >= 0 and end >= 0 else None
 
     # --- what the template can say ---
 
@@ -271,11 +297,37 @@ def _message(turn: Turn) -> Message:
     return message
 
 
-def _mark(content: str, opening: str) -> str:
+def _parting(text: str, part: str, count: int) -> DataError:
+    at = len(_common(text, part))
+    return DataError(
+        f"the chat template writes the first {count} messages otherwise within the whole conversation, so the reply "
+        f"cannot be found: alone {part[at : at + 40]!r}, whole {text[at : at + 40]!r}",
+        got=f"after {text[max(at - 60, 0) : at]!r}",
+        fix="Use a template that marks replies with {% generation %}, or split the conversation.",
+    )
+
+
+def _common(a: str, b: str) -> str:
+    """Return the longest text with which both begin."""
+    same = takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False))
+    return "".join(character for character, _ in same)
+
+
+def _mark(content: str) -> str:
     """Put the marks inside the outer white space, so that templates that trim still see it at the edge."""
     words = content.strip()
     start = content.index(words)
-    return content[:start] + opening + words + CLOSE + content[start + len(words) :]
+    return content[:start] + OPEN + words + CLOSE + content[start + len(words) :]
+
+
+def _landmarked(message: Message) -> Message:
+    """Put one mark at the end of the words, or of the last called function's name."""
+    if message["content"].strip() or not message.get("tool_calls"):
+        end = len(message["content"].rstrip())
+        return {**message, "content": message["content"][:end] + CLOSE + message["content"][end:]}
+    *calls, last = message["tool_calls"]
+    function = {**last["function"], "name": last["function"]["name"] + CLOSE}
+    return {**message, "tool_calls": [*calls, {**last, "function": function}]}
 
 
 def _tagged(spans: Sequence[Span], turns: Sequence[Turn]) -> tuple[Span, ...]:

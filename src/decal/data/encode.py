@@ -50,6 +50,7 @@ class Encoder:
         self._controls = frozenset(tokenizer.all_special_ids) | frozenset(added)
         eos = tokenizer.eos_token_id
         self.stop_ids = frozenset() if eos is None else frozenset([eos])
+        self._turn_ends: frozenset[int] = frozenset()  # what ends a reply amid a conversation
         self.pad_id = _pad_id(tokenizer)
         self._appends_eos = False  # the template ends replies with no token: eos is added
         self._notes: list[str] = []
@@ -151,7 +152,7 @@ class Encoder:
             ids,
             offsets,
             spans,
-            stop_ids=self.stop_ids,
+            stop_ids=self.stop_ids | self._turn_ends,
             control_ids=self._controls,
             blank=lambda position: not row.text[slice(*offsets[position])].strip(),
         )
@@ -176,22 +177,33 @@ class Encoder:
         return masked.sample
 
     def _find_stop(self, form: chat.ChatFormat) -> None:
-        """Learn from a probe which token the template puts behind a reply."""
-        turns = (Turn(role="user", content=chat.PROBE), Turn(role="assistant", content=chat.PROBE))
+        """Learn from a probe which token the template puts behind a reply: the last one, and one amid the conversation.
+
+        The two may differ. Amid the conversation the token counts only if it ends the user's turn too: else it may
+        be the next turn's header.
+        """
+        words = chat.PROBES
+        turns = [Turn(role="assistant" if i % 2 else "user", content=word) for i, word in enumerate(words)]
         try:
-            text = form.text(Chat(turns=turns))
+            text = form.text(Chat(turns=tuple(turns)))
         except chat.Refused:
             return
-        end = text.rfind(chat.PROBE) + len(chat.PROBE)
         tokens = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        for token, (start, _) in zip(tokens["input_ids"], tokens["offset_mapping"], strict=True):
-            if start >= end and token in self._controls:
-                self.stop_ids |= {token}
-                return
+        controls = [
+            (token, start)
+            for token, (start, _) in zip(tokens["input_ids"], tokens["offset_mapping"], strict=True)
+            if token in self._controls
+        ]
+        behind = [next((token for token, at in controls if at > text.rfind(word)), None) for word in words]
+        if behind[1] == behind[0] and behind[1] is not None:
+            self._turn_ends |= {behind[1]}
+        if behind[3] is not None:
+            self.stop_ids |= {behind[3]}
+            return
         if self.tokenizer.eos_token_id is None:
             raise DataError(
                 "the chat template ends a reply with no special token, and the tokenizer has no end-of-sequence token",
-                got=repr(text[end:]),
+                got=repr(text[text.rfind(words[3]) + len(words[3]) :]),
                 fix="Set tokenizer.eos_token, or give a chat_template that ends replies with a special token.",
             )
         self._appends_eos = True
