@@ -139,6 +139,11 @@ class RunDir:
             yield folder
             write_json(folder / COMPLETE, {"step": step})
 
+    def clean(self) -> None:
+        """Delete what a killed process left half-written among the checkpoints."""
+        for path in (self.path / CHECKPOINTS).glob(".step-*"):
+            shutil.rmtree(path)
+
     def prune(self, *, keep: int, best: int | None) -> None:
         """Delete all but the last `keep` checkpoints and the best one."""
         for path in self.checkpoints()[:-keep]:

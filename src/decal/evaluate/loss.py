@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from decal.data.batch import Batch
-from decal.errors import DataError
+from decal.errors import DataError, RunError
 
 LossSum = Callable[[nn.Module, Batch], tuple[Tensor, int]]  # the summed loss of a batch, and the count it sums over
 
@@ -60,5 +60,11 @@ def evaluate(
     if count == 0:
         raise DataError(
             "the evaluation set holds no token to measure", fix="Look at its ledger: the loss mask is empty."
+        )
+    if not math.isfinite(total):
+        raise RunError(
+            "the evaluation loss is not finite",
+            got=total,
+            fix="Lower train.lr: the weights have diverged.",
         )
     return Evaluation(loss=total / count, count=count)

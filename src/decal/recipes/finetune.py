@@ -18,13 +18,15 @@ from decal import rundir
 from decal.data import prepare
 from decal.data.batches import Batches, InOrder
 from decal.data.ledger import Ledger
+from decal.data.prepare import Prepared
 from decal.errors import ConfigError
-from decal.evaluate.loss import Evaluation, evaluate
+from decal.evaluate.loss import evaluate
 from decal.model.load import load_model, load_tokenizer
 from decal.model.wrapper import get_peft_model
 from decal.rundir import RunDir
 from decal.spec import RunConfig
-from decal.training import logs, loop, losses, manifest, precision, start, state
+from decal.training import logs, loop, losses, manifest, plan, precision, start, state
+from decal.training.precision import Precision
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,9 +36,9 @@ class Finetuned:
     run: Path
     result: Path
     ledger: Ledger
-    step: int  # the step whose weights were kept: the best evaluated one, without an evaluation the last
     steps: int
-    loss: float | None  # of the last step on training data
+    step: int  # whose weights were kept: the best evaluated one; without an evaluation the last
+    loss: float | None  # of the last step, on training data
     eval_before: float | None
     eval_loss: float | None  # at `step`
     trainable: int
@@ -52,113 +54,124 @@ def finetune(
 ) -> Finetuned:
     """Train an adapter (or the whole model) as `config` says, in the run folder `config.output`.
 
-    With `resume` the run in that folder goes on from its last checkpoint; on a CPU it ends in the very bits it
-    would have ended in. Raises DecalError for what the user can mend, Interrupted after Ctrl-C or SIGTERM.
+    With `resume` the run in that folder goes on from its last checkpoint; on a CPU it ends in the very bits it would
+    have ended in. Raises DecalError for what the user can mend, Interrupted after Ctrl-C or SIGTERM.
     """
-    began, train = time.perf_counter(), config.train
-
     # What can be refused is refused first: the folder, the device, a missing package; then the data, whose faults show
-    # in seconds; then the weights.
+    # in seconds; then the weights. A run that fails here leaves nothing behind.
+    began = time.perf_counter()
     run = RunDir(Path(config.output))
     checkpoint = start.starting_point(run, config, resume=resume)
-    logs.check_installed(train.log_to)
-    device = precision.pick_device(train.device)
-    numbers = precision.resolve(train.precision, device)
-
-    random.seed(train.seed)
-    np.random.seed(train.seed % 2**32)
-    torch.manual_seed(train.seed)  # dropout, and nothing else: data and adapters have generators of their own
+    logs.check_installed(config.train.log_to)
+    numbers = precision.resolve(config.train.precision, precision.pick_device(config.train.device))
+    seed_everything(config.train.seed)
 
     tokenizer = load_tokenizer(config.model, revision=config.revision)
-    data = prepare.prepare(config.data, tokenizer, seed=train.seed)
-    batches = Batches(
-        data.train,
-        length=config.data.max_length,
-        micro_batch=train.micro_batch,
-        accumulate=train.accumulate,
-        packing=config.data.packing,
-        pad_id=data.pad_id,
-        seed=train.seed,
+    data = prepare.prepare(config.data, tokenizer, seed=config.train.seed)
+    if resume:
+        start.check_same_data(run, data.ledger.digest)
+    batches, held_out = batch(config, data)
+    plan.make(config.train, steps_per_epoch=batches.steps_per_epoch, evaluates=held_out is not None)
+
+    model = trainable_model(config, numbers)
+    notes: list[str] = list(getattr(model, "notes", ()))
+    loss = losses.LOSSES[config.train.loss](model, notes.append)
+    measure = (
+        partial(evaluate, batches=held_out, loss=loss, autocast=numbers.autocast) if held_out is not None else None
     )
-    loop.plan(train, batches.steps_per_epoch)
-
-    # Full fine-tuning moves the weights themselves, which therefore are fp32; a frozen base stays as it is stored.
-    full = train.method == "full"
-    stored = torch.float32 if full or (train.precision == "fp32" and device.type != "cpu") else None
-    model = load_model(config.model, dtype=stored, device=device, revision=config.revision)
-    if full:
-        model.requires_grad_(True)
-    else:
-        model = get_peft_model(model, config.lora, generator=torch.Generator().manual_seed(train.seed))
-    trainable, total = manifest.count(model)
-    if trainable == 0:
-        raise ConfigError("nothing is trainable", fix="Give lora.target_modules that train something.")
-    if train.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-
-    notes: list[str] = []
-    loss = losses.LOSSES[train.loss](model, notes.append)
-    measure: Callable[[nn.Module], Evaluation] | None = None
-    if data.evaluation is not None:
-        held_out = InOrder(
-            data.evaluation,
-            length=config.data.max_length,
-            micro_batch=train.micro_batch,
-            packing=config.data.packing,
-            pad_id=data.pad_id,
-        )
-        measure = partial(evaluate, batches=held_out, loss=loss, autocast=numbers.autocast)
+    facts = manifest.facts(config, numbers, model, ledger=data.ledger, eval_ledger=data.eval_ledger)
 
     # From here on the run exists.
     if resume:
         run.rewind(int(checkpoint.name.removeprefix("step-")) if checkpoint else -1)
     else:
         run.claim(config.to_yaml())
-    facts = manifest.facts(config, device=device, precision=numbers, trainable=trainable, total=total)
-    facts["data"] = data.ledger.to_dict()
-    facts["evaluation"] = data.eval_ledger.to_dict() if data.eval_ledger else None
     run.write_manifest(facts)
     with logs.reporting(run, config, on_event) as report:
-        if checkpoint is None:
-            report("start", model=config.model, trainable=trainable, total=total, rows=data.ledger.used)
-            for note in (*notes, *getattr(model, "notes", ())):
-                report("note", text=note)
+        report("resume" if checkpoint else "start", model=config.model, **facts["parameters"])
+        for note in () if checkpoint else notes:
+            report("note", text=note)
         progress = loop.train(
             model,
             batches,
             loss,
-            train,
+            config.train,
             run=run,
             precision=numbers,
             emit=report,
             evaluate=measure,
-            save_adapter=None if full else model.save_pretrained,
+            save_adapter=model.save_pretrained if config.train.method == "lora" else None,
             resume=checkpoint,
             wrap=wrap,
         )
         kept = progress.best_step or progress.step
         if kept != progress.step:
             state.load_trainable(run.path / rundir.CHECKPOINTS / f"step-{kept}", model)
-            report("note", step=progress.step, text=f"the weights of step {kept} are kept: its evaluation was the best")
-        result = run.model if full else run.adapter
-        if data.template is not None:
-            tokenizer.chat_template = data.template  # what the model was taught with is what it must be served with
-        with rundir.new_folder(result) as folder:
-            model.save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
+            report("note", step=progress.step, text=f"kept the weights of step {kept}: its evaluation was the best")
+        result = save(run.adapter if config.train.method == "lora" else run.model, model, tokenizer, data)
         report("end", step=progress.step, kept=kept, path=str(result))
-
-    seconds = time.perf_counter() - began
-    run.write_manifest({**facts, **manifest.outcome(run, progress, kept=kept, seconds=seconds)})
+    outcome = manifest.outcome(run, progress, kept=kept, seconds=time.perf_counter() - began)
+    run.write_manifest({**facts, "outcome": outcome})
     return Finetuned(
         run=run.path,
         result=result,
         ledger=data.ledger,
-        step=kept,
         steps=progress.step,
-        loss=manifest.last(run, "step", "loss"),
-        eval_before=manifest.eval_loss(run, 0),
-        eval_loss=manifest.eval_loss(run, kept),
-        trainable=trainable,
-        seconds=seconds,
+        step=kept,
+        loss=outcome["loss"],
+        eval_before=outcome["eval_loss_before"],
+        eval_loss=outcome["eval_loss"],
+        trainable=facts["parameters"]["trainable"],
+        seconds=outcome["seconds"],
     )
+
+
+def seed_everything(seed: int) -> None:
+    """Seed the global generators, from which dropout draws; data and adapters have generators of their own."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def batch(config: RunConfig, data: Prepared) -> tuple[Batches, InOrder | None]:
+    """Return the batches to train on and those to evaluate on."""
+    shape: dict[str, Any] = {
+        "length": config.data.max_length,
+        "micro_batch": config.train.micro_batch,
+        "packing": config.data.packing,
+        "pad_id": data.pad_id,
+    }
+    training = Batches(data.train, accumulate=config.train.accumulate, seed=config.train.seed, **shape)
+    return training, InOrder(data.evaluation, **shape) if data.evaluation is not None else None
+
+
+def trainable_model(config: RunConfig, numbers: Precision) -> Any:
+    """Return the model with what is to be trained, and nothing else, requiring gradients."""
+    train, device = config.train, numbers.device
+    # Full fine-tuning moves the weights themselves, so they are fp32; a frozen base stays as it is stored.
+    wide = train.method == "full" or (numbers.name == "fp32" and device.type != "cpu")
+    model: Any = load_model(
+        config.model, dtype=torch.float32 if wide else None, device=device, revision=config.revision
+    )
+    if train.method == "lora":
+        model = get_peft_model(model, config.lora, generator=torch.Generator().manual_seed(train.seed))
+    else:
+        model.requires_grad_(True)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ConfigError(
+            "nothing is trainable, so training would change nothing",
+            fix="Set lora.inference_mode to false and give lora.target_modules.",
+        )
+    if train.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model
+
+
+def save(folder: Path, model: Any, tokenizer: Any, data: Prepared) -> Path:
+    """Write the adapter (or model) with the tokenizer and chat template that it must be served with."""
+    if data.template is not None:
+        tokenizer.chat_template = data.template
+    with rundir.new_folder(folder) as new:
+        model.save_pretrained(new)
+        tokenizer.save_pretrained(new)
+    return folder

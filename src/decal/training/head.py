@@ -28,13 +28,19 @@ TOLERANCE_16 = 1e-2
 
 def parts(model: nn.Module) -> tuple[nn.Module, nn.Linear]:
     """Return the transformer body and the head of a causal language model, adapted or not."""
-    inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner = _inner(model)
     return inner.base_model, inner.get_output_embeddings()
+
+
+def _inner(model: nn.Module) -> Any:
+    """Return the transformers model, adapted or not."""
+    unwrap: Any = getattr(model, "get_base_model", None)
+    return model if unwrap is None else unwrap()
 
 
 def why_not_chunked(model: nn.Module) -> str | None:
     """Return None if the chunked loss over the head's weight is the model's loss, else the reason why it is not."""
-    inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner = _inner(model)
     if not hasattr(inner, "get_output_embeddings") or not hasattr(inner, "base_model") or inner.base_model is inner:
         return "the model is not a body with a head on it"
     body, linear = parts(model)
@@ -64,7 +70,8 @@ def _compare(model: nn.Module, body: nn.Module, linear: nn.Linear) -> str | None
     tolerance = TOLERANCE.get(seen[0][1].dtype, TOLERANCE_16)
     if torch.allclose(own.double(), (total / count).double(), rtol=tolerance, atol=tolerance):
         return None
-    return f"it is not plain cross entropy over its head ({own.item():.4f} against {total.item() / count:.4f} on a test row)"
+    values = f"{own.item():.4f} against {total.item() / count:.4f} on a test row"
+    return f"it is not plain cross entropy over its head ({values})"
 
 
 @contextmanager

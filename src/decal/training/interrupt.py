@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import TypeVar
 
 from decal.errors import RunError
 from decal.rundir import RUN
+
+T = TypeVar("T")
 
 
 class Interrupted(RunError):
@@ -28,11 +31,28 @@ class Stop:
 
     def __init__(self) -> None:
         self.asked = False
+        self._at_once = False
 
     def handle(self, number: int, frame: FrameType | None) -> None:
-        if self.asked and number == signal.SIGINT:
-            raise KeyboardInterrupt  # the second Ctrl-C does not wait
-        self.asked = True
+        again, self.asked = self.asked, True
+        if self._at_once or (again and number == signal.SIGINT):  # a second Ctrl-C does not wait for the step
+            raise KeyboardInterrupt
+
+    def unless_asked(self, work: Callable[[], T]) -> T | None:
+        """Return what `work` returns, or None if a signal came before or meanwhile: it is broken off at once.
+
+        For work that changes nothing and can be done again.
+        """
+        if self.asked:
+            return None
+        self._at_once = True
+        try:
+            return work()
+        except KeyboardInterrupt:
+            self.asked = True
+            return None
+        finally:
+            self._at_once = False
 
 
 @contextmanager

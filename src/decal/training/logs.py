@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
-from decal.errors import ConfigError
-from decal.rundir import RunDir
+from decal.errors import ConfigError, RunError
+from decal.rundir import EVENTS, RunDir
 from decal.spec import RunConfig
 
 Event = dict[str, Any]
@@ -110,7 +110,14 @@ class Report:
         self._run, self._writers, self._on_event = run, writers, on_event
 
     def __call__(self, kind: str, **fields: Any) -> Event:
-        event = self._run.event(kind, **fields)
+        try:
+            event = self._run.event(kind, **fields)
+        except OSError as error:
+            raise RunError(
+                f"{EVENTS} could not be written ({error})",
+                got=self._run.path,
+                fix="Make room, then go on with --resume.",
+            ) from error
         values = scalars(event)
         for writer in self._writers if values else ():
             writer.write(int(event["step"]), values)

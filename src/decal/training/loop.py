@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 from torch import nn
 
 from decal.data.batch import Batch
-from decal.errors import ConfigError, RunError
+from decal.errors import RunError
 from decal.rundir import RunDir
 from decal.spec import TrainConfig
-from decal.training import optim, state
+from decal.training import alive, optim, plan, state
 from decal.training.interrupt import Interrupted, listening
 from decal.training.losses import Loss
+from decal.training.plan import Plan
 from decal.training.precision import Precision
+from decal.training.state import Progress
 from decal.training.step import StepResult, take_step
+
+OVERFLOWS = 20  # fp16: a scale that is still too large after halving 20 times will not be found
 
 
 class Emit(Protocol):
@@ -47,30 +50,6 @@ class Measured(Protocol):
     def perplexity(self) -> float: ...
 
 
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """After which steps what is done; all counted in optimizer steps."""
-
-    steps: int
-    eval_every: int
-    save_every: int
-    warmup: int
-
-
-def plan(config: TrainConfig, steps_per_epoch: int | None) -> Plan:
-    """Return the plan that the settings mean for data of this length (None: a stream of unknown length)."""
-    if steps_per_epoch is None and config.steps is None:
-        raise ConfigError("a stream has no known length, so epochs mean nothing", fix="Give train.steps.")
-    steps = config.steps or math.ceil(config.epochs * (steps_per_epoch or 0))
-    epoch = steps_per_epoch or steps
-    return Plan(
-        steps=steps,
-        eval_every=config.eval_every or epoch,
-        save_every=config.save_every or epoch,
-        warmup=optim.warmup_steps(config.warmup, steps),
-    )
-
-
 def identity(model: nn.Module) -> nn.Module:
     """Return the model as it is: one process needs no sharding."""
     return model
@@ -89,78 +68,110 @@ def train(
     save_adapter: Callable[[Path], object] | None = None,
     resume: Path | None = None,
     wrap: Callable[[nn.Module], nn.Module] = identity,
-) -> state.Progress:
+) -> Progress:
     """Train the model's trainable parameters in place and return how far it came.
 
-    `resume` is a checkpoint to go on from; `evaluate` measures the model on held-out data. Raises Interrupted after
-    a signal, once the step under way is saved; RunError if nothing can be learnt or the loss is not finite.
+    `evaluate` measures the model on held-out data; `save_adapter` adds the adapter's own format to each checkpoint;
+    `resume` is a checkpoint to go on from. Raises Interrupted after a signal, once the step under way is saved;
+    RunError if nothing can be learnt or the loss is not finite.
     """
     model = wrap(model)
-    job = state.Training(
-        model=model,
-        optimizer=optim.build(model, config),
-        scaler=precision.scaler(),
-        batches=batches,
-        progress=state.Progress(),
-    )
-    todo, done = plan(config, batches.steps_per_epoch), job.progress
+    todo = plan.make(config, steps_per_epoch=batches.steps_per_epoch, evaluates=evaluate is not None)
+    done, scaler, optimizer = Progress(), precision.scaler(), optim.build(model, config)
+    job = state.Training(model=model, optimizer=optimizer, scaler=scaler, batches=batches, progress=done)
     if resume is not None:
         state.load(resume, job)
-    elif evaluate is not None:
-        _evaluate(job, evaluate, emit)
+    first = done.step
     model.train()
     with listening() as stop:
+        if evaluate is not None and (first == 0 or _owed(done, todo)):
+            _evaluate(done, stop.unless_asked(partial(evaluate, model)), emit)
+            if first > 0:
+                _save(run, job, config, save_adapter, emit)
+        clock = time.perf_counter()
         for group in batches:
-            if done.step >= todo.steps:
+            if done.step >= todo.steps or _enough(done, config):  # a resumed run may have been at its end
                 break
-            began = time.perf_counter()
             share = optim.SCHEDULES[config.schedule](done.step, todo.warmup, todo.steps)
-            optim.set_lr(job.optimizer, share)
+            optim.set_lr(optimizer, share)
+            inspect = partial(_say_dead, model, emit) if done.step == first else None
             result = take_step(
-                model,
-                group,
-                loss,
-                job.optimizer,
-                job.scaler,
-                precision=precision,
-                max_grad_norm=config.max_grad_norm,
+                model, group, loss, optimizer, scaler, precision=precision, limit=config.max_grad_norm, inspect=inspect
             )
-            _count(done, result, time.perf_counter() - began)
-            emit("step", **_step_fields(done, result, config.lr * share, todo, time.perf_counter() - began))
-            last = done.step == todo.steps
+            _count(done, result, time.perf_counter() - clock)
+            emit("step", **_fields(done, result, config.lr * share, todo, time.perf_counter() - clock))
             better = False
-            if evaluate is not None and (last or done.step % todo.eval_every == 0):
-                better = _evaluate(job, evaluate, emit)
-            enough = config.early_stopping is not None and done.evaluations_since_best >= config.early_stopping
-            if better or last or enough or stop.asked or done.step % todo.save_every == 0:
-                path = state.save(run, job, save_adapter)
-                run.prune(keep=config.keep, best=done.best_step)
-                emit("save", step=done.step, checkpoint=path.name)
-            if stop.asked and not last:
-                raise Interrupted(step=done.step, run=run.path)
-            if enough:
-                emit(
-                    "note", step=done.step, text=f"stopped early: no better loss in {config.early_stopping} evaluations"
-                )
+            if evaluate is not None and _owed(done, todo):
+                better = _evaluate(done, stop.unless_asked(partial(evaluate, model)), emit)
+            if better or stop.asked or _enough(done, config) or todo.save_due(done.step):
+                _save(run, job, config, save_adapter, emit)
+            if stop.asked:
                 break
+            clock = time.perf_counter()
+    if stop.asked and (done.step < todo.steps or _owed(done, todo)):
+        raise Interrupted(step=done.step, run=run.path)
+    if _enough(done, config):
+        emit("note", step=done.step, text=f"stopped early: {config.early_stopping} evaluations without a better loss")
     return done
 
 
-def _count(done: state.Progress, result: StepResult, seconds: float) -> None:
+def _owed(done: Progress, todo: Plan) -> bool:
+    """Whether this step is to be evaluated and has not been (a signal may have come between)."""
+    return todo.evaluation_due(done.step) and done.evaluated != done.step
+
+
+def _enough(done: Progress, config: TrainConfig) -> bool:
+    return config.early_stopping is not None and done.worse >= config.early_stopping
+
+
+def _evaluate(done: Progress, measured: Measured | None, emit: Emit) -> bool:
+    """Note an evaluation (None: broken off), and return whether no trained step has ever been better."""
+    if measured is None:
+        return False
+    better = done.step > 0 and (done.best_loss is None or measured.loss < done.best_loss)
+    if better:
+        done.best_loss, done.best_step, done.worse = measured.loss, done.step, 0
+    elif done.step > 0:
+        done.worse += 1
+    done.evaluated = done.step
+    emit("eval", step=done.step, loss=measured.loss, perplexity=measured.perplexity, best=better)
+    return better
+
+
+def _save(
+    run: RunDir,
+    job: state.Training,
+    config: TrainConfig,
+    save_adapter: Callable[[Path], object] | None,
+    emit: Emit,
+) -> None:
+    path = state.save(run, job, save_adapter)
+    run.prune(keep=config.keep, best=job.progress.best_step)
+    emit("save", step=job.progress.step, checkpoint=path.name)
+
+
+def _say_dead(model: nn.Module, emit: Emit) -> None:
+    names = alive.without_gradient(model)
+    if names:
+        some = ", ".join(names[:3])
+        emit("note", text=f"{len(names)} trainable parameters got no gradient on the first step, such as {some}")
+
+
+def _count(done: Progress, result: StepResult, seconds: float) -> None:
     done.step += 1
     done.tokens += result.tokens
     done.loss_tokens += result.count
     done.seconds += seconds
     done.skipped = done.skipped + 1 if result.skipped else 0
-    if done.skipped >= 20:
+    if done.skipped >= OVERFLOWS:
         raise RunError(
-            "the fp16 gradient overflowed in 20 steps on end, so nothing is learnt",
+            f"the fp16 gradient overflowed in {OVERFLOWS} steps on end, so nothing is learnt",
             fix="Use train.precision=bf16 or fp32.",
         )
 
 
-def _step_fields(done: state.Progress, result: StepResult, lr: float, todo: Plan, seconds: float) -> dict[str, Any]:
-    return {
+def _fields(done: Progress, result: StepResult, lr: float, todo: Plan, seconds: float) -> dict[str, Any]:
+    fields = {
         "step": done.step,
         "steps": todo.steps,
         "loss": result.loss,
@@ -168,19 +179,8 @@ def _step_fields(done: state.Progress, result: StepResult, lr: float, todo: Plan
         "grad_norm": result.grad_norm,
         "loss_tokens": result.count,
         "tokens": result.tokens,
+        "seconds": round(seconds, 4),
         "tokens_per_s": round(result.tokens / seconds, 1),
         "seconds_left": round(done.seconds / done.step * (todo.steps - done.step), 1),
     }
-
-
-def _evaluate(job: state.Training, evaluate: Callable[[nn.Module], Measured], emit: Emit) -> bool:
-    """Measure, and return whether a trained step has never been better."""
-    done = job.progress
-    measured = evaluate(job.model)
-    better = done.step > 0 and (done.best_loss is None or measured.loss < done.best_loss)
-    if better:
-        done.best_loss, done.best_step, done.evaluations_since_best = measured.loss, done.step, 0
-    elif done.step > 0:
-        done.evaluations_since_best += 1
-    emit("eval", step=done.step, loss=measured.loss, perplexity=measured.perplexity, best=better)
-    return better
+    return {**fields, "skipped": True} if result.skipped else fields

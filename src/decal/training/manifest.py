@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from decal.data.ledger import Ledger
 from decal.rundir import RunDir
 from decal.spec import RunConfig
 from decal.training.precision import Precision
@@ -17,16 +18,12 @@ from decal.training.state import Progress
 PACKAGES = ("decal", "torch", "transformers", "safetensors", "datasets", "tokenizers")
 
 
-def count(model: nn.Module) -> tuple[int, int]:
-    """Return (trainable, all) parameters; a weight used twice counts once."""
-    parameters = list(model.parameters())
-    return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
-
-
 def facts(
-    config: RunConfig, *, device: torch.device, precision: Precision, trainable: int, total: int
+    config: RunConfig, precision: Precision, model: nn.Module, *, ledger: Ledger, eval_ledger: Ledger | None
 ) -> dict[str, Any]:
     """Return what is known before the first step."""
+    device = precision.device
+    trainable, total = count(model)
     return {
         "config": config.model_dump(mode="json"),
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
@@ -35,23 +32,29 @@ def facts(
         "threads": torch.get_num_threads(),
         "precision": precision.name,
         "parameters": {"trainable": trainable, "total": total, "percent": 100 * trainable / total},
+        "data": ledger.to_dict(),
+        "evaluation": eval_ledger.to_dict() if eval_ledger is not None else None,
     }
+
+
+def count(model: nn.Module) -> tuple[int, int]:
+    """Return (trainable, all) parameters; a weight used twice counts once."""
+    parameters = list(model.parameters())
+    return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
 
 
 def outcome(run: RunDir, progress: Progress, *, kept: int, seconds: float) -> dict[str, Any]:
     """Return what is known after the last step."""
     return {
-        "outcome": {
-            "steps": progress.step,
-            "kept_step": kept,
-            "loss": last(run, "step", "loss"),
-            "eval_loss_before": eval_loss(run, 0),
-            "eval_loss": eval_loss(run, kept),
-            "tokens": progress.tokens,
-            "loss_tokens": progress.loss_tokens,
-            "train_seconds": round(progress.seconds, 3),
-            "seconds": round(seconds, 3),
-        }
+        "steps": progress.step,
+        "kept_step": kept,
+        "loss": last(run, "step", "loss"),
+        "eval_loss_before": eval_loss(run, 0),
+        "eval_loss": eval_loss(run, kept),
+        "tokens": progress.tokens,
+        "loss_tokens": progress.loss_tokens,
+        "train_seconds": round(progress.seconds, 3),
+        "seconds": round(seconds, 3),
     }
 
 

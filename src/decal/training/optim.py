@@ -49,11 +49,6 @@ def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, An
     ]
 
 
-def warmup_steps(warmup: float, steps: int) -> int:
-    """Return how many steps warm up: below 1 a share of all steps, rounded up, else a number of steps."""
-    return math.ceil(warmup * steps) if warmup < 1 else int(warmup)
-
-
 def _ramp(step: int, warmup: int) -> float:
     return step / max(1, warmup)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from decal.errors import RunError
-from decal.rundir import RUN, RunDir
+from decal.rundir import MANIFEST, RUN, RunDir
 from decal.spec import RunConfig, read_run_config
 
 # Settings that say where and how a result is computed or watched, not what it is; all others are fixed for a run.
@@ -27,6 +27,7 @@ def starting_point(run: RunDir, config: RunConfig, *, resume: bool) -> Path | No
     if not run.holds_run():
         raise RunError("there is no run to resume here", got=run.path, fix="Start it without --resume.")
     check_same(read_run_config(run.path / RUN), config)
+    run.clean()
     whole = run.checkpoints()
     return whole[-1] if whole else None
 
@@ -41,6 +42,19 @@ def check_same(before: RunConfig, now: RunConfig) -> None:
                 got=f"{old.get(key)!r} then, {new.get(key)!r} now",
                 fix=f"Resume with {key}={old.get(key)}, or start a new run in another --output.",
             )
+
+
+def check_same_data(run: RunDir, digest: str) -> None:
+    """Raise RunError if the tokenised data are not those that the run began with."""
+    if not (run.path / MANIFEST).exists():
+        return
+    before = run.manifest()["data"]["digest"]
+    if before != digest:
+        raise RunError(
+            "the data have changed since the run began, so it cannot go on as the same run",
+            got=f"digest {before[:12]} then, {digest[:12]} now",
+            fix="Put the old data (and tokenizer) back, or start a new run in another --output.",
+        )
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -46,9 +46,10 @@ class Progress:
     tokens: int = 0  # read by the model, padding included
     loss_tokens: int = 0
     seconds: float = 0.0  # of training, over all sittings
-    best_loss: float | None = None  # of an evaluation
+    evaluated: int | None = None  # the last step that was evaluated
+    best_loss: float | None = None  # of an evaluation after training began
     best_step: int | None = None
-    evaluations_since_best: int = 0
+    worse: int = 0  # evaluations since the best one
     skipped: int = 0  # fp16 steps in a row whose gradient overflowed
 
 
@@ -134,10 +135,13 @@ def _optimizer_tensors(training: Training) -> dict[str, Tensor]:
 
 def _load_optimizer(training: Training, tensors: dict[str, Tensor]) -> None:
     named = _named(training)
+    fused = training.optimizer.defaults.get("fused")
     training.optimizer.state.clear()
     for key, value in tensors.items():
         slot, _, name = key.partition(":")
-        training.optimizer.state[named[name]][slot] = value.to(named[name].device)
+        # An unfused AdamW counts its steps on the CPU.
+        device = named[name].device if fused or slot != "step" else torch.device("cpu")
+        training.optimizer.state[named[name]][slot] = value.to(device)
 
 
 def _state(training: Training) -> dict[str, Any]:

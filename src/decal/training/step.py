@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -34,18 +34,22 @@ def take_step(
     scaler: torch.amp.GradScaler,
     *,
     precision: Precision,
-    max_grad_norm: float,
+    limit: float,
+    inspect: Callable[[], object] | None = None,
 ) -> StepResult:
-    """Move the weights by the gradient of the mean loss over all micro-batches together.
+    """Move the weights by the gradient of the mean loss over all micro-batches together, clipped to norm `limit`.
 
     The mean is over the counts of the whole accumulated batch, so 4 micro-batches of 1 row give the gradient of 1 of
-    4 rows. Raises RunError before the weights move if the loss, or outside fp16 the gradient, is not finite.
+    4 rows. `inspect` is called when the gradients are there and the weights have not moved yet. Raises RunError
+    before the weights move if the loss, or outside fp16 the gradient, is not finite.
     """
     total = backward(model, batches, loss, scaler, precision=precision)
+    if inspect is not None:
+        inspect()
     scaler.unscale_(optimizer)
     weights = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     norm = torch.nn.utils.get_total_norm([p.grad for p in weights])
-    torch.nn.utils.clip_grads_with_norm_(weights, max_grad_norm, norm)
+    torch.nn.utils.clip_grads_with_norm_(weights, limit, norm)
     mean, grad_norm = torch.stack([total, norm.float()]).tolist()  # the step's one wait for the device
     overflow = scaler.is_enabled() and not math.isfinite(grad_norm)
     _check_finite(mean, 0.0 if overflow else grad_norm)
@@ -76,7 +80,7 @@ def backward(
             continue
         with precision.autocast():
             part = loss(model, batch)[0] / total
-        scaler.scale(part).backward()
+        scaler.scale(part).backward()  # type: ignore[no-untyped-call]  # torch's
         mean += part.detach()
     return mean
 
@@ -87,5 +91,5 @@ def _check_finite(loss: float, grad_norm: float) -> None:
             raise RunError(
                 f"the {name} is not finite, so training stopped before the weights could follow it",
                 got=value,
-                fix="Lower train.lr, or use train.precision=fp32; the last checkpoint is whole: --resume goes on there.",
+                fix="Lower train.lr or use train.precision=fp32. The last checkpoint is whole.",
             )
