@@ -13,9 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from decal.errors import DataError
+from decal.errors import DataError, Unsupported
 
 # Rows of logits that exist at a time. CPU, SmolLM2's head (V=49152, D=576), 2048 rows, fp32, forward and both
 # gradients' GEMMs, CPU seconds on one AVX2 thread: 32 rows 3.42, 64 2.87, 128 2.54, 256 2.42, 512 2.33, 1024 2.43,
@@ -81,8 +80,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # create_graph: without this the second derivative would silently be zero
+            raise Unsupported("the chunked loss has no second derivative", fix="Use F.cross_entropy over whole logits.")
         rows, dh, dW, db = ctx.saved_tensors
         shape, dtypes = ctx.inputs
         # A 0-dim scale does not promote: each product is rounded once, to the gradient's own dtype.
