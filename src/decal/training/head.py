@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
 from decal.layers.dense import WideLinear
 from decal.ops.loss import chunked_cross_entropy
@@ -20,9 +21,10 @@ from decal.ops.loss import chunked_cross_entropy
 PLAIN = (nn.Linear, WideLinear)  # exactly these: a subclass or a wrapper may compute something else
 LOUD = 100.0  # Gemma-2 caps logits at 30, so a hundredfold test cannot miss it
 TOKENS = 16
-# Both sides do the same product in the same dtype; what differs is the order of summation, and in 16-bit one rounding
-# of logits of size LOUD (2^-9·100 = 0.2 on a loss near 100).
-TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-6}
+SAME = 1e-5  # two sums over the very same logits: their order alone
+# Loud: the same product in the same dtype, summed in another order; in 16-bit that may round logits of size LOUD the
+# other way (2^-9·100 = 0.2 each, on a loss near 100).
+TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-5}
 TOLERANCE_16 = 1e-2
 
 
@@ -56,34 +58,38 @@ def why_not_chunked(model: nn.Module) -> str | None:
 
 @torch.no_grad()
 def _compare(model: nn.Module, body: nn.Module, linear: nn.Linear) -> str | None:
-    device = linear.weight.device
-    ids = (torch.arange(TOKENS, device=device) * 7919 % linear.weight.shape[0])[None]
+    ids = (torch.arange(TOKENS, device=linear.weight.device) * 7919 % linear.weight.shape[0])[None]
     plain = body(input_ids=ids, use_cache=False)
     if not hasattr(plain, "last_hidden_state"):
         return f"its body returns a {type(plain).__name__} without last_hidden_state"
-    with _louder(body, linear) as seen:
-        own: Tensor = model(input_ids=ids, labels=ids, use_cache=False).loss
-    if len(seen) != 1 or not torch.allclose(seen[0][0], plain.last_hidden_state, rtol=1e-3, atol=1e-3):
-        return "the model feeds its body more than token ids"
-    labels = nn.functional.pad(ids[0, 1:], (0, 1), value=-100)
-    total, count = chunked_cross_entropy(seen[0][1][0], linear.weight, labels, bias=linear.bias)
-    tolerance = TOLERANCE.get(seen[0][1].dtype, TOLERANCE_16)
-    if torch.allclose(own.double(), (total / count).double(), rtol=tolerance, atol=tolerance):
+    with _louder(body, 1.0) as seen:
+        own = model(input_ids=ids, labels=ids, use_cache=False)
+    hidden: Tensor = plain.last_hidden_state
+    if len(seen) != 1 or not torch.allclose(seen[0], hidden, rtol=1e-3, atol=1e-3):
+        return "it feeds its body more than token ids"
+    of_logits = cross_entropy(own.logits[0, :-1].float(), ids[0, 1:])
+    if not torch.allclose(own.loss.float(), of_logits, rtol=SAME, atol=SAME):
+        return f"its loss is not the cross entropy of its logits ({own.loss.item():.5f}, not {of_logits.item():.5f})"
+    with _louder(body, LOUD / max(float(linear(hidden).abs().amax()), 1e-6)) as seen:
+        logits: Tensor = model(input_ids=ids, use_cache=False).logits
+    of_logits = cross_entropy(logits[0, :-1].float(), ids[0, 1:])
+    total, count = chunked_cross_entropy(seen[0][0, :-1], linear.weight, ids[0, 1:], bias=linear.bias)
+    tolerance = TOLERANCE.get(hidden.dtype, TOLERANCE_16)
+    if torch.allclose(of_logits, (total / count).float(), rtol=tolerance, atol=tolerance):
         return None
-    values = f"{own.item():.4f} against {total.item() / count:.4f} on a test row"
-    return f"it is not plain cross entropy over its head ({values})"
+    return (
+        f"its logits are not its head's output (loss {of_logits.item():.4f}, not {total.item() / count:.4f}, when loud)"
+    )
 
 
 @contextmanager
-def _louder(body: nn.Module, linear: nn.Linear) -> Iterator[list[tuple[Tensor, Tensor]]]:
-    """Enlarge what the body hands to the head in the block; yields the list of (as it was, as handed on)."""
-    seen: list[tuple[Tensor, Tensor]] = []
+def _louder(body: nn.Module, factor: float) -> Iterator[list[Tensor]]:
+    """Multiply what the body hands to the head in the block; yields the list of what it handed on."""
+    seen: list[Tensor] = []
 
     def enlarge(module: nn.Module, inputs: object, output: Any) -> Any:
-        hidden = output.last_hidden_state
-        largest = float(linear(hidden).abs().amax())
-        output.last_hidden_state = hidden * (LOUD / max(largest, 1e-6))
-        seen.append((hidden, output.last_hidden_state))
+        output.last_hidden_state = output.last_hidden_state * factor
+        seen.append(output.last_hidden_state)
         return output
 
     hook = body.register_forward_hook(enlarge)
