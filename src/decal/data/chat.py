@@ -126,9 +126,8 @@ class ChatFormat:
             return "", "", ""
         words, last = two.rfind(PROBES[1]), two.rfind(PROBES[3])
         tail = _common(two[words + len(PROBES[1]) :], two[last + len(PROBES[3]) :]) if 0 < words < last else ""
-        if not asked.startswith(plain):
-            return "", "", tail
-        asked, one = asked[len(plain) :], one[len(plain) :]
+        base = len(_common(plain, asked))
+        asked, one = asked[base:], one[base:]
         header = _common(asked, one)
         if header != asked:
             left = asked[len(header) :]
@@ -155,14 +154,18 @@ class ChatFormat:
         for i, before, words in zip(shown, pieces[::2], pieces[1::2], strict=False):
             start = last + len(before)
             end = start + len(words)
-            if text.endswith(self._header + self._lead, last, start):
-                start -= len(self._lead)
-            elif self._header and not text.endswith(self._header, last, start):
-                header = text.rfind(self._header, last, start)
-                start = header + len(self._header) if header >= 0 else start
-            spans[i] = (start, end)
+            spans[i] = (self._start(text, messages[i]["content"], last, start), end)
             last = end
         return spans
+
+    def _start(self, text: str, content: str, last: int, start: int) -> int:
+        """Return where generation of a reply starts, whose first visible character stands at `start`."""
+        own = content[: len(content) - len(content.lstrip())]  # the reply's own blanks, which a template may trim
+        for lead in (self._lead + own, self._lead, own, ""):
+            if text.endswith(self._header + lead, last, start):
+                return start - len(lead)
+        header = text.rfind(self._header, last, start) if self._header else -1
+        return header + len(self._header) if header >= 0 else start
 
     def _prefix(self, text: str, messages: list[Message], tools: list[Any] | None, i: int) -> Span:
         """Return the span of reply i as what messages[:i+1] renders beyond messages[:i] and the generation prompt."""

@@ -1,13 +1,10 @@
 """Open the rows of a data set: local files, a folder of files, or a repository on the hub.
 
-JSON lines are read line by line and decoded by `json`: the JSON reader of `datasets` turns text such as "2020-01-01"
-into a time and 1 into 1.0 where a later row holds 2.5. CSV cells stay text for the same reason ("None", "007").
+`datasets` reads them, from disk or as a stream; the values of JSON and CSV files are read by `strict`, which says why.
 """
 
 from __future__ import annotations
 
-import gzip
-import json
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -18,18 +15,12 @@ from typing import Any
 import datasets
 from datasets.exceptions import DatasetsError
 
+from decal.data import strict
 from decal.errors import DataError, nearest
 
 Row = Mapping[str, Any]
 
-FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet"}
-AS_TEXT: Mapping[str, Any] = {"dtype": str, "keep_default_na": False}
-BUILDERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
-    "json": ("text", {}),
-    "csv": ("csv", AS_TEXT),
-    "tsv": ("csv", {**AS_TEXT, "sep": "\t"}),
-    "parquet": ("parquet", {}),
-}
+FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
 SPLIT_WORDS = {
     "train": "train",
     "training": "train",
@@ -57,11 +48,16 @@ class Rows:
     def __iter__(self) -> Iterator[tuple[int, Row]]:
         names = _class_names(self.data)
         number = self.first
-        for row in _guarded(self.data, self.name):
+        rows = iter(self.data)
+        while True:
+            with _reading(self.name):  # a stream meets only now what is missing or broken
+                row = next(rows, None)
+            if row is None:
+                return
             if self.lines:
                 if not row["text"].strip():
                     continue
-                row = _decode(row["text"], self.lines)
+                row = strict.decode(row["text"], self.lines)
             elif not isinstance(self.data, list):
                 row = {
                     key: names[key](value) if key in names and value is not None else _prune(value)
@@ -175,14 +171,16 @@ def _open_files(files: list[Path], *, name: str, streaming: bool) -> Rows:
     for file in files:
         if file.stat().st_size == 0:
             raise DataError("the data file is empty", got=file, fix="Give a file with at least one row.")
-    if kind == "json" and _is_array(files[0]):
-        array = [row for file in files for row in _read_array(file)]
-        data = datasets.IterableDataset.from_generator(_each, gen_kwargs={"rows": array}) if streaming else array
-        return Rows(name=name, data=data)
-    builder, options = BUILDERS[kind]
-    paths = [str(file.resolve()) for file in files]
-    data = _load(builder, name=name, data_files={"train": paths}, split="train", streaming=streaming, **options)
-    return Rows(name=name, data=data, lines=tuple(files) if kind == "json" else ())
+    if kind == "parquet" or (kind == "json" and not strict.is_array(files[0])):
+        paths = {"train": [str(file.resolve()) for file in files]}
+        builder = "parquet" if kind == "parquet" else "text"
+        data = _load(builder, name=name, data_files=paths, split="train", streaming=streaming)
+        return Rows(name=name, data=data, lines=tuple(files) if kind == "json" else ())
+    read = strict.read_csv if kind == "csv" else strict.read_arrays
+    data = (
+        datasets.IterableDataset.from_generator(read, gen_kwargs={"files": files}) if streaming else list(read(files))
+    )
+    return Rows(name=name, data=data)
 
 
 def _open_saved(folder: Path, *, split: str, streaming: bool) -> Rows:
@@ -200,33 +198,19 @@ def _open_saved(folder: Path, *, split: str, streaming: bool) -> Rows:
 
 
 def _load(builder: str, *, name: str, config: str | None = None, split: str, **options: Any) -> Any:
-    with _quiet():
-        try:
-            return datasets.load_dataset(builder, config, split=split, **options)
-        except (OSError, ValueError, DatasetsError) as error:
-            raise _unreadable(error, name) from error
+    with _quiet(), _reading(name):
+        return datasets.load_dataset(builder, config, split=split, **options)
 
 
-def _guarded(data: Any, name: str) -> Iterator[Any]:
-    """Iterate; what a stream meets only now (a missing part, a broken archive) becomes a DataError."""
+@contextmanager
+def _reading(name: str) -> Iterator[None]:
+    """What `datasets` raises becomes a DataError that names what was read."""
     try:
-        yield from data
+        yield
     except DataError:
         raise
     except (OSError, EOFError, ValueError, DatasetsError) as error:
-        raise _unreadable(error, name) from error
-
-
-def _unreadable(error: BaseException, name: str) -> DataError:
-    cause = error.__cause__ or error
-    reason = (str(cause).strip() or type(cause).__name__).splitlines()[0]
-    if isinstance(cause, UnicodeDecodeError):
-        return DataError(f"the data is not UTF-8 text: {reason}", got=name, fix="Save the file as UTF-8.")
-    return DataError(
-        f"the data set cannot be read ({type(cause).__name__}: {reason})",
-        got=name,
-        fix="Check the name, the split and the network (HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE=1 apply).",
-    )
+        raise strict.unreadable(error, name) from error
 
 
 @contextmanager
@@ -252,66 +236,6 @@ def _prune(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _prune(inner) for key, inner in value.items() if inner is not None}
     return [_prune(inner) for inner in value] if isinstance(value, list) else value
-
-
-def _decode(line: str, files: tuple[Path, ...]) -> Row:
-    try:
-        row = json.loads(line.lstrip("\ufeff"))
-    except json.JSONDecodeError as error:
-        raise _broken_line(line, error, files) from None
-    if not isinstance(row, dict):
-        raise DataError(
-            "each line must hold one JSON object",
-            got=f"{type(row).__name__} in {_place(line, files)}",
-            fix='Write each row as {"column": value, ...}.',
-        )
-    return row
-
-
-def _broken_line(line: str, error: json.JSONDecodeError, files: tuple[Path, ...]) -> DataError:
-    near = line[max(error.pos - 30, 0) : error.pos + 30]
-    return DataError(
-        f"{_place(line, files)} is not JSON: {error.msg} at column {error.colno}, near {near!r}",
-        fix="Correct or delete this line: each line holds one whole JSON object (or the whole file is one array).",
-    )
-
-
-def _place(line: str, files: tuple[Path, ...]) -> str:
-    """Where a line stands, found by reading again: only for the text of an error."""
-    for file in files:
-        opened = gzip.open if file.suffix == ".gz" else open
-        with opened(file, "rt", encoding="utf-8") as handle:
-            for number, text in enumerate(handle, start=1):
-                if text.rstrip("\n") == line:
-                    return f"{file}, line {number}"
-    return ", ".join(str(file) for file in files)
-
-
-def _is_array(file: Path) -> bool:
-    opened = gzip.open if file.suffix == ".gz" else open
-    with opened(file, "rt", encoding="utf-8-sig") as handle:
-        return handle.read(200).lstrip().startswith("[")
-
-
-def _read_array(file: Path) -> list[Row]:
-    opened = gzip.open if file.suffix == ".gz" else open
-    with opened(file, "rt", encoding="utf-8-sig") as handle:
-        text = handle.read()
-    try:
-        rows = json.loads(text)
-    except json.JSONDecodeError as error:
-        near = text[max(error.pos - 30, 0) : error.pos + 30]
-        raise DataError(
-            f"{file}, line {error.lineno} is not JSON: {error.msg} at column {error.colno}, near {near!r}",
-            fix="Correct the file; it must hold an array of objects.",
-        ) from None
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise DataError("a JSON file must hold an array of objects", got=file, fix="Write it as [{...}, {...}].")
-    return rows
-
-
-def _each(rows: list[Row]) -> Iterator[Row]:
-    yield from rows
 
 
 def _looks_local(path: str) -> bool:
