@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import models
@@ -41,7 +42,7 @@ def own(model: nn.Module, batch: Batch) -> Tensor:
     for row in range(len(batch.input_ids)):
         assert batch.position_ids is not None
         starts = [*(batch.position_ids[row] == 0).nonzero().flatten().tolist(), batch.input_ids.shape[1]]
-        for start, end in zip(starts, starts[1:], strict=False):
+        for start, end in pairwise(starts):
             ids, labels = batch.input_ids[row : row + 1, start:end], batch.labels[row : row + 1, start:end]
             if (labels[:, 1:] != IGNORE).any():
                 logits = model(input_ids=ids).logits

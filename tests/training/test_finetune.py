@@ -1,0 +1,217 @@
+"""A whole run, as a user would start it: what it learns, writes, refuses."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+
+from decal.errors import ConfigError, RunError
+from decal.model.load import load_model
+from decal.model.wrapper import PeftModel
+from decal.recipes.finetune import Finetuned, finetune
+from decal.rundir import RunDir
+from decal.spec import RunConfig, read_run_config
+from decal.training import losses
+from tests.training.tiny_run import config, make_files
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_files(tmp_path_factory.mktemp("files"))
+
+
+@pytest.fixture(scope="module")
+def events() -> list[dict[str, Any]]:
+    return []
+
+
+@pytest.fixture(scope="module")
+def done(folder: Path, events: list[dict[str, Any]]) -> Finetuned:
+    return finetune(config(folder, output="done"), on_event=events.append)
+
+
+def test_it_learns(done: Finetuned) -> None:
+    assert done.eval_before is not None
+    assert done.eval_loss is not None
+    assert done.eval_loss < 0.8 * done.eval_before
+    assert done.steps == 10
+
+
+def test_the_adapter_is_pefts_and_gives_the_same_logits_there(done: Finetuned, folder: Path) -> None:
+    assert done.result == done.run / "adapter"
+    ids = torch.arange(40)[None]
+    base = transformers.AutoModelForCausalLM.from_pretrained(folder / "model")
+    plain = base(ids).logits
+    theirs = peft.PeftModel.from_pretrained(base, str(done.result)).eval()
+    ours = PeftModel.from_pretrained(load_model(folder / "model", device="cpu"), done.result)
+    torch.testing.assert_close(ours(ids).logits, theirs(ids).logits, rtol=1e-4, atol=1e-4)
+    assert (theirs(ids).logits - plain).abs().max().item() > 0.1
+
+
+def test_the_adapter_can_be_served(done: Finetuned) -> None:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(done.result)
+    chat = tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False)
+    assert chat == "<|im_start|>user\nHi<|im_end|>\n"
+
+
+def test_events_say_what_happened_and_are_the_callbacks(done: Finetuned, events: list[dict[str, Any]]) -> None:
+    written = RunDir(done.run).events()
+    assert written == json.loads(json.dumps(events))
+    kinds = [e["kind"] for e in written]
+    assert kinds[0] == "start"
+    assert kinds[-1] == "end"
+    steps = [e for e in written if e["kind"] == "step"]
+    assert [e["step"] for e in steps] == list(range(1, 11))
+    assert all(e["loss"] > 0 and e["grad_norm"] > 0 and e["tokens_per_s"] > 0 for e in steps)
+    assert [e["step"] for e in written if e["kind"] == "eval"] == [0, 4, 8, 10]
+    assert steps[-1]["seconds_left"] == 0
+    assert sum(e["loss_tokens"] for e in steps) == RunDir(done.run).manifest()["outcome"]["loss_tokens"]
+
+
+def test_the_manifest_holds_what_a_report_needs(done: Finetuned, folder: Path) -> None:
+    manifest = RunDir(done.run).manifest()
+    parameters = manifest["parameters"]
+    saved = sum(t.numel() for t in load_file(done.result / "adapter_model.safetensors").values())
+    assert parameters["trainable"] == saved == done.trainable
+    assert parameters["percent"] == pytest.approx(100 * saved / parameters["total"])
+    assert manifest["data"]["rows"] == 18
+    assert manifest["evaluation"]["rows"] == 4
+    assert manifest["versions"]["torch"] == torch.__version__
+    assert RunConfig(**manifest["config"]) == read_run_config(done.run / "run.yaml") == config(folder, output="done")
+    assert manifest["outcome"]["eval_loss"] == done.eval_loss
+
+
+def test_the_last_and_the_best_checkpoints_are_kept(done: Finetuned) -> None:
+    run = RunDir(done.run)
+    evals = {e["step"]: e["loss"] for e in run.events() if e["kind"] == "eval" and e["step"] > 0}
+    best = min(evals, key=lambda step: evals[step])
+    assert done.step == best
+    names = [path.name for path in run.checkpoints()]
+    assert f"step-{best}" in names
+    assert names[-1] == "step-10"
+    assert len(names) <= 3
+    assert (run.checkpoints()[-1] / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_no_pickle_is_written(done: Finetuned) -> None:
+    suffixes = {path.suffix for path in done.run.rglob("*") if path.is_file()}
+    assert suffixes <= {".json", ".jsonl", ".safetensors", ".yaml", ".jinja"}
+
+
+def test_the_best_weights_are_kept_when_later_ones_are_worse(folder: Path) -> None:
+    settings = {"lr": 3.0, "steps": 30, "schedule": "constant", "eval_every": 1, "early_stopping": 3}
+    result = finetune(config(folder, output="worse", **settings))
+    run = RunDir(result.run)
+    evals = {e["step"]: e["loss"] for e in run.events() if e["kind"] == "eval" and e["step"] > 0}
+    assert result.step == min(evals, key=lambda step: evals[step])
+    assert result.steps == result.step + 3 < 30  # early stopping: three evaluations without a better one
+    kept = load_file(run.path / "checkpoints" / f"step-{result.step}" / "adapter" / "adapter_model.safetensors")
+    final = load_file(result.result / "adapter_model.safetensors")
+    assert all(torch.equal(kept[name], final[name]) for name in final)
+    notes = [e["text"] for e in run.events() if e["kind"] == "note"]
+    assert any("stopped early" in note for note in notes)
+    assert any(f"weights of step {result.step}" in note for note in notes)
+
+
+def test_full_fine_tuning_moves_and_saves_the_whole_model(folder: Path) -> None:
+    result = finetune(config(folder, output="full", method="full", lr=3e-3, steps=4))
+    assert result.result == result.run / "model"
+    before = transformers.AutoModelForCausalLM.from_pretrained(folder / "model")
+    after = transformers.AutoModelForCausalLM.from_pretrained(result.result)
+    assert result.trainable == sum(p.numel() for p in before.parameters())
+    moved = [not torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters(), strict=True)]
+    assert all(moved)
+    assert result.eval_loss is not None
+    assert result.eval_before is not None
+    assert result.eval_loss < result.eval_before
+
+
+def test_gradient_checkpointing_gives_the_same_run(folder: Path) -> None:
+    lines = []
+    for checkpointing in (False, True):
+        settings = {"gradient_checkpointing": checkpointing, "steps": 3}
+        result = finetune(config(folder, output=f"recompute-{checkpointing}", **settings))
+        lines.append([e["loss"] for e in RunDir(result.run).events() if e["kind"] == "step"])
+    assert lines[0] == lines[1]
+
+
+def test_a_stream_and_unpacked_rows_train_too(folder: Path) -> None:
+    for data in ({"streaming": True}, {"packing": False}):
+        result = finetune(config(folder, output=f"data-{next(iter(data))}", data=data, steps=3))
+        assert result.steps == 3
+
+
+def test_without_evaluation_the_last_weights_are_kept(folder: Path) -> None:
+    result = finetune(config(folder, output="plain", data={"eval_rows": 0}, steps=2, eval_every=None))
+    assert (result.step, result.eval_loss) == (2, None)
+
+
+def test_what_is_refused_leaves_no_folder_behind(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = config(folder, output="refused", data={"path": str(folder / "none.jsonl")})
+    with pytest.raises(ValueError, match=r"none\.jsonl"):
+        finetune(broken)
+    with pytest.raises(ConfigError, match="nothing is trainable"):
+        finetune(
+            config(folder, output="refused").model_copy(
+                update={"lora": broken.lora.model_copy(update={"inference_mode": True})}
+            )
+        )
+    assert not (folder / "refused").exists()
+
+
+def test_a_folder_with_a_run_is_not_written_over(done: Finetuned, folder: Path) -> None:
+    with pytest.raises(RunError, match=r"already holds a run.*--resume"):
+        finetune(config(folder, output="done"))
+
+
+class Detached:
+    """A loss that no parameter has a part in, with a graph all the same."""
+
+    def count(self, batch: Any) -> int:
+        return 1
+
+    def __call__(self, model: Any, batch: Any) -> Any:
+        return 0.0 * sum(p.sum() for p in model.parameters() if p.requires_grad) + 1.0, 1
+
+
+def test_a_run_that_would_learn_nothing_is_stopped_at_its_first_step(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(losses, "LOSSES", {"sft": lambda model, note: Detached()})
+    with pytest.raises(RunError, match=r"none of the 28 trainable parameters.*lora_A"):
+        finetune(config(folder, output="dead", data={"eval_rows": 0}, eval_every=None))
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_its_checkpoint(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = 0
+
+    def sometimes(model: Any, note: Any) -> Any:
+        plain = losses.sft(model, note)
+
+        class Broken:
+            count = staticmethod(plain.count)
+
+            def __call__(self, model: Any, batch: Any) -> Any:
+                nonlocal calls
+                calls += 1
+                total, count = plain(model, batch)
+                return total * (math.nan if calls > 2 * 5 else 1.0), count
+
+        return Broken()
+
+    monkeypatch.setattr(losses, "LOSSES", {"sft": sometimes})
+    with pytest.raises(RunError, match="loss is not finite"):
+        finetune(config(folder, output="nan", data={"eval_rows": 0}, eval_every=None))
+    (checkpoint,) = RunDir(folder / "nan").checkpoints()
+    assert checkpoint.name == "step-3"
+    assert all(t.isfinite().all() for t in load_file(checkpoint / "trainable.safetensors").values())
