@@ -1,7 +1,8 @@
 """y = x (W + s·B·A)ᵀ with W' formed in a reused buffer: one large product forward and one for the input's gradient.
 
 The buffer is overwritten by the next layer, so W' is never saved: backward forms it again, from the A and B that
-autograd kept (and version-checks: an optimizer step or a load between forward and backward raises).
+autograd kept (and version-checks: an optimizer step or a load between forward and backward raises). An input that
+knows how it was made is not saved either (see ops/remake.py).
 """
 
 from __future__ import annotations
@@ -14,33 +15,49 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from decal.ops import remake
+
 FormWeight = Callable[[Tensor, Tensor, torch.dtype], Tensor]  # (A, B, dtype) -> W + s·B·A, in a reused buffer
 
 
 class _Merged(torch.autograd.Function):
-    """Forward and backward of `merged_linear`; the frozen weight gets no gradient, the input and A, B do."""
+    """Forward and backward of `merged_linear`; the frozen weight gets no gradient; the input, A, B and the bias do."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, A: Tensor, B: Tensor, bias: Tensor | None, s: float, form: FormWeight) -> Tensor:
-        ctx.save_for_backward(x, A, B)
-        ctx.s, ctx.form = s, form
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        A: Tensor,
+        B: Tensor,
+        bias: Tensor | None,
+        s: float,
+        form: FormWeight,
+        operation: remake.Cheap | None,
+        *made_from: Tensor,
+    ) -> Tensor:
+        ctx.save_for_backward(A, B, *(made_from or (x,)))
+        ctx.s, ctx.form, ctx.operation = s, form, operation
         return F.linear(x, form(A, B, x.dtype), bias)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None, None]:
-        x, A, B = ctx.saved_tensors
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        A, B, *kept = ctx.saved_tensors
         dx = dy @ ctx.form(A, B, dy.dtype) if ctx.needs_input_grad[0] else None
+        x = kept[0] if ctx.operation is None else ctx.operation.forward(*kept)
         x_ND, dy_NO = x.flatten(0, -2), dy.flatten(0, -2)
         A, B = A.to(dy.dtype), B.to(dy.dtype)
-        dA = (B.T @ dy_NO.T) @ x_ND * ctx.s if ctx.needs_input_grad[1] else None
+        dA = (dy_NO @ B).T @ x_ND * ctx.s if ctx.needs_input_grad[1] else None
         dB = dy_NO.T @ (x_ND @ A.T) * ctx.s if ctx.needs_input_grad[2] else None
-        return dx, dA, dB, None, None, None
+        dbias = dy_NO.sum(0) if ctx.needs_input_grad[3] else None  # LoraConfig(bias=...) trains it
+        return dx, dA, dB, dbias, *[None] * (len(ctx.needs_input_grad) - 4)
 
 
 def merged_linear(x: Tensor, A: Tensor, B: Tensor, bias: Tensor | None, s: float, form: FormWeight) -> Tensor:
     """Return x (W + s·B·A)ᵀ + bias, (..., in) -> (..., out); `form` writes W + s·B·A. Double backward raises."""
-    out: Tensor = _Merged.apply(x, A, B, bias, s, form)  # type: ignore[no-untyped-call]  # torch's Function is untyped
+    recipe = remake.recipe(x)
+    operation, inputs = (None, ()) if recipe is None else (recipe.operation, recipe.inputs)
+    out: Tensor = _Merged.apply(x, A, B, bias, s, form, operation, *inputs)  # type: ignore[no-untyped-call]
     return out
 
 
