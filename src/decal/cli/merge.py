@@ -1,0 +1,75 @@
+"""`decal merge`: write base + adapter as one plain model, and measure it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from decal.cli import console
+
+if TYPE_CHECKING:
+    from decal.recipes.merge import Merged
+
+EXAMPLES = (
+    "Examples:\n\ndecal merge runs/first/adapter --out merged\n\ndecal merge runs/first --out merged --dtype fp32"
+)
+
+
+class Dtype(str, Enum):
+    """What the merged weights are written in."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+    fp16 = "fp16"
+
+
+def merge(
+    adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="Adapter or run folder, or hub id.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The new model's folder.")],
+    base: Annotated[
+        str | None, typer.Option("--base", "-m", help="Base model. [dim]the one that the adapter names[/]")
+    ] = None,
+    dtype: Annotated[Dtype | None, typer.Option(help="Of the merged weights. [dim]as the base is stored[/]")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the measurements as JSON.")] = False,
+) -> None:
+    """Write base + adapter as one plain transformers model, read it back and measure it against base + adapter."""
+    if out.is_file() or (out.is_dir() and any(out.iterdir())):
+        from decal.errors import RunError
+
+        raise RunError("the output folder is not empty", got=out, fix="Choose another --out.")
+    with console.working("merging and measuring"):
+        from decal.recipes import merge as recipe
+
+        merged = recipe.merge(adapter, out, base=base, dtype=None if dtype is None else dtype.value)
+    if as_json:
+        console.dump({**asdict(merged), "path": str(merged.path), "lossy": merged.lossy})
+    else:
+        show(merged)
+    if merged.lossy:
+        console.warn(
+            f"only {merged.rounding.survived:.0%} of the update survived rounding to {merged.dtype}: the merged model "
+            "is not the model that you trained.\nServe the adapter beside its base, or merge with --dtype fp32."
+        )
+
+
+def show(merged: Merged) -> None:
+    """Print where the model lies and how close it is."""
+    from decal.cli.watch import megabytes
+
+    rounding, agreement = merged.rounding, merged.agreement
+    lines = {
+        "model": f"{merged.path} ({merged.dtype}, {megabytes(merged.bytes)})",
+        "base": merged.base,
+        "rounding": f"{rounding.survived:.2%} of the update survived; "
+        f"{rounding.unchanged:.2%} of the weights it changes stayed the same number",
+        "check": f"read back from disk and compared with base + adapter on {agreement.tokens} tokens\n"
+        f"largest logit difference {agreement.max_logit_difference:.3g}\n"
+        f"mean KL {agreement.kl:.3g} nats (the adapter's own effect: {agreement.adapter_kl:.3g})\n"
+        f"same most likely token at {agreement.same_top1:.1%} of positions",
+        "next": f"decal chat --model {merged.path}",
+    }
+    console.out().print(console.facts(lines), soft_wrap=True)
