@@ -82,7 +82,7 @@ def resolve(model: nn.Module, config: LoraConfig, *, strict: bool = True) -> Res
     found = dict(modules(model))
     notes: list[str] = []
     targets = config.target_modules
-    if targets is None and not (config.target_parameters or config.trainable_token_indices):
+    if targets is None and not config.target_parameters:
         targets, note = _default(model)
         notes.append(note)
     if config.target_parameters:
@@ -196,9 +196,10 @@ def _by_pattern(pattern: dict[str, Number], name: str, default: Number) -> Numbe
 def _replaced(found: dict[str, nn.Module], config: LoraConfig, *, strict: bool) -> tuple[str, ...]:
     wanted = list(config.modules_to_save or [])
     heads = HEADS.get(config.task_type, ()) if config.task_type else ()
-    names = tuple(n for n in found if any(_is_suffix(w, n) for w in (*wanted, *heads)))
+    # PEFT's rule for these, unlike targets: the bare end of the name ("norm" is also "input_layernorm").
+    names = tuple(n for n in found if n.endswith((*wanted, *heads)))
     for w in wanted:
-        if strict and w not in heads and not any(_is_suffix(w, n) for n in names):
+        if strict and w not in heads and not any(n.endswith(w) for n in names):
             ends = sorted({n.rpartition(".")[2] for n in found})
             raise TargetError(f"modules_to_save {w!r} matched no module{nearest(w, ends)}", fix="Correct the name.")
     return names
