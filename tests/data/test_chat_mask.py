@@ -168,6 +168,26 @@ def test_a_past_that_cannot_be_found_is_an_error() -> None:
         encode(maker, TALK)
 
 
+def test_the_token_that_ends_a_reply_amid_a_conversation_may_differ() -> None:
+    """As gpt-oss does: a past reply ends in one token, the last in another."""
+    maker = styled("chatml")
+    maker.chat_template = STYLES["chatml"][0].replace(
+        "m['content'] + '<|im_end|>", "m['content'] + ('<|endoftext|>' if loop.last else '<|im_end|>') + '"
+    )
+    (sample,) = encode(maker, TALK)
+    assert learnt(maker, sample) == f"{TALK[1].content}<|im_end|>{TALK[3].content}<|endoftext|>"
+
+
+def test_a_template_that_counts_characters_is_not_misled_by_marks() -> None:
+    maker = styled("chatml")
+    maker.chat_template = STYLES["chatml"][0].replace(
+        "'<|im_end|>", "'<|im_end|>' + (m['content'] | length | string) + '"
+    )
+    talk = (TALK[0], Turn(role="assistant", content="Paris 123"), TALK[2], Turn(role="assistant", content="Osaka 123"))
+    (sample,) = encode(maker, talk)
+    assert learnt(maker, sample) == "Paris 123<|im_end|>Osaka 123<|im_end|>"
+
+
 def test_a_generation_prompt_that_stands_before_no_reply_is_noted() -> None:
     maker = styled("chatml")
     maker.chat_template = STYLES["chatml"][0].replace("'<|im_start|>assistant\n'", "'<|im_start|>assistant\n<think>\n'")

@@ -126,13 +126,15 @@ class ChatFormat:
             return "", "", ""
         words, last = two.rfind(PROBES[1]), two.rfind(PROBES[3])
         tail = _common(two[words + len(PROBES[1]) :], two[last + len(PROBES[3]) :]) if 0 < words < last else ""
-        base = len(_common(plain, asked))
-        asked, one = asked[base:], one[base:]
-        header = _common(asked, one)
-        if header != asked:
-            left = asked[len(header) :]
+        prompt = asked[len(_common(plain, asked)) :]
+        if not prompt:
+            return "", one[len(asked) : one.rfind(PROBES[1])] if one.startswith(asked) else "", tail
+        between = one[one.find(PROBES[0]) + len(PROBES[0]) : max(one.rfind(PROBES[1]), 0)]
+        header = next((prompt[:k] for k in range(len(prompt), len(prompt) // 2, -1) if prompt[:k] in between), "")
+        if header != prompt:
+            left = prompt[len(header) :]
             self._note(f"the generation prompt ends in {left!r}, which stands before no reply in training")
-        lead = one[len(header) : max(one.rfind(PROBES[1]), len(header))]
+        lead = between[between.rfind(header) + len(header) :] if header else ""
         return header, lead, tail
 
     def _marks(self, text: str, messages: list[Message], tools: list[Any] | None, learnt: list[int]) -> dict[int, Span]:

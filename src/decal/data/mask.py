@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from decal.data.batch import IGNORE
 from decal.data.chat import Span
@@ -56,10 +57,11 @@ def lay(
             token += 1
         last = token
         merged += first < last and offsets[first][0] < start
-        words_end = last
-        while words_end > first and (ids[words_end - 1] in control_ids or blank(words_end - 1)):
-            words_end -= 1
-        stop = _stop(ids, words_end, last, stop_ids=stop_ids, control_ids=control_ids, blank=blank)
+        find = partial(_stop, ids, first, span_end=last, stop_ids=stop_ids, control_ids=control_ids, blank=blank)
+        stop = find(last)
+        if stop is None:  # the template writes more than blanks behind the stop token
+            inside = [position for position in range(first, last) if ids[position] in stop_ids]
+            stop = find(inside[-1] + 1) if inside else None
         until = last if stop is None else stop + 1
         labels[first:until] = ids[first:until]
         if stop is not None:
@@ -72,15 +74,20 @@ def lay(
 
 def _stop(
     ids: Sequence[int],
-    words_end: int,
-    span_end: int,
+    first: int,
+    end: int,
     *,
+    span_end: int,
     stop_ids: frozenset[int],
     control_ids: frozenset[int],
     blank: Callable[[int], bool],
 ) -> int | None:
+    """Return the stop token in the run of control tokens and blanks that reaches up to, or goes beyond, `end`."""
+    start = end
+    while start > first and (ids[start - 1] in control_ids or blank(start - 1)):
+        start -= 1
     inside: int | None = None
-    for position in range(words_end, len(ids)):
+    for position in range(start, len(ids)):
         if ids[position] in stop_ids:
             return position
         if ids[position] in control_ids:
