@@ -79,10 +79,27 @@ def test_a_signal_saves_after_the_step_and_resume_is_bit_for_bit(folder: Path, s
     assert stopped.value.step == step
     run = RunDir(folder / name)
     assert run.checkpoints()[-1].name == f"step-{step}"
-    for noise in (random.random, np.random.random, lambda: torch.rand(7)):
-        noise()  # generators that are not restored would now stand elsewhere
     finetune(config(folder, output=name), resume=True)
     assert_same(run.path, folder / "whole")
+
+
+def test_every_global_generator_goes_on_where_it_stood(folder: Path) -> None:
+    def drawing(into: list[tuple[float, ...]], last: int) -> Callable[[dict[str, Any]], None]:
+        def callback(event: dict[str, Any]) -> None:  # stands for a model or a tokenizer that draws as it runs
+            if event["kind"] == "step":
+                into.append((random.random(), float(np.random.random()), random.gauss(), float(np.random.normal())))
+                if event["step"] == last:
+                    os.kill(os.getpid(), signal.SIGINT)
+
+        return callback
+
+    whole: list[tuple[float, ...]] = []
+    parts: list[tuple[float, ...]] = []
+    finetune(config(folder, output="drawn"), on_event=drawing(whole, 0))
+    with pytest.raises(Interrupted):
+        finetune(config(folder, output="drawn-in-parts"), on_event=drawing(parts, 5))
+    finetune(config(folder, output="drawn-in-parts"), resume=True, on_event=drawing(parts, 0))
+    assert parts == whole
 
 
 def test_a_signal_in_an_evaluation_breaks_it_off_and_resume_makes_it(
