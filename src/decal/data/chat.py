@@ -71,6 +71,8 @@ class ChatFormat:
         self._marked = "endgeneration" in template
         self._supports: dict[str, bool] = {}
         self._header, self._lead, self._tail = self._learn_frame()
+        if "strftime_now" in template:
+            self._note("the chat template may write today's date: on another day the same rows give other tokens")
 
     def write(self, chat: Chat) -> Rendered:
         """Return the text and the reply spans; raise Refused if the template cannot write this conversation."""
