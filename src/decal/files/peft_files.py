@@ -47,7 +47,7 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
             raise AdapterError(
                 "the adapter is a pickle, which can run code when it is read; decal never opens one",
                 got=folder / pickles[0],
-                fix=f"Convert it where you trust it: load it with PEFT and save it with safe_serialization=True ({WEIGHTS}).",
+                fix=f"If you trust it, load it with PEFT and save it with safe_serialization=True ({WEIGHTS}).",
             )
         raise AdapterError(f"no {WEIGHTS} in the adapter folder", got=folder, fix="Save the adapter again.")
     try:

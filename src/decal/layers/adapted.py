@@ -67,7 +67,8 @@ class Adapted(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        weight: Tensor = self.base_layer.weight
+        weight = self.base_layer.weight
+        assert isinstance(weight, Tensor)
         return weight
 
     @property

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -17,7 +19,7 @@ class DenseBase:
     """A view of an nn.Linear as a Base; the Linear keeps the parameters."""
 
     def __init__(self, layer: nn.Module) -> None:
-        self.layer = layer
+        self.layer: Any = layer
 
     @property
     def weight(self) -> Tensor:
@@ -98,11 +100,13 @@ class WideConv1D(Conv1D):  # type: ignore[misc]  # transformers has no types
     """A Conv1D with a 16-bit weight that computes in the dtype of its input."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return Conv1DBase(self).matmul(x) + self.bias
+        bias: Tensor = self.bias
+        return Conv1DBase(self).matmul(x) + bias
 
 
 class WideEmbedding(nn.Embedding):
     """An nn.Embedding with a 16-bit table that gives fp32 rows."""
 
     def forward(self, ids: Tensor) -> Tensor:
-        return super().forward(ids).float()
+        rows: Tensor = super().forward(ids)
+        return rows.float()

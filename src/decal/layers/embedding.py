@@ -41,13 +41,14 @@ class EmbeddingLoRA(LoRA):
         super().__init__(base, config, rank=rank, alpha=alpha, dtype=dtype)
         A = nn.Parameter(torch.empty(rank, base.in_features, dtype=dtype, device="meta"))
         B = nn.Parameter(torch.empty(base.out_features, rank, dtype=dtype, device="meta"))
-        self._homes: dict[str, tuple[MutableMapping[str, nn.Parameter], str]] = {}
+        self._homes: dict[str, tuple[MutableMapping[str, nn.Parameter] | nn.ParameterDict, str]] = {}
         self.set_factors(A, B)
 
     def set_factors(self, A: Tensor, B: Tensor) -> None:
         """Hold real tensors as the factors, until they are housed in the layer."""
         factors = {"lora_embedding_A": nn.Parameter(A), "lora_embedding_B": nn.Parameter(B)}
-        self._homes = {kind: (factors, kind) for kind in factors}
+        for kind in factors:
+            self._homes[kind] = (factors, kind)
 
     def housed(self, kind: str, container: nn.ParameterDict, name: str) -> None:
         self._homes[kind] = (container, name)

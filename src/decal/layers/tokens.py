@@ -37,7 +37,8 @@ class TokenRows(nn.Module):
     @property
     def table(self) -> Tensor:
         """The table as the base has it, (V, D)."""
-        weight: Tensor = self.token_adapter.base_layer.weight
+        weight = self.token_adapter.base_layer.weight
+        assert isinstance(weight, Tensor)
         return weight
 
     @property
@@ -119,12 +120,14 @@ class TiedTokenRows(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        weight: Tensor = self.base_layer.weight
+        weight = self.base_layer.weight
+        assert isinstance(weight, Tensor)
         return weight
 
     @property
     def bias(self) -> Tensor | None:
-        bias: Tensor | None = self.base_layer.bias
+        bias = self.base_layer.bias
+        assert bias is None or isinstance(bias, Tensor)
         return bias
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,6 +1,9 @@
-"""Biases trained beside an adapter (`bias="all"` or `"lora_only"`): one copy per adapter, put in place by the switch."""
+"""Biases trained beside an adapter (`bias="all"`, `"lora_only"`): one copy per adapter, put in place by the switch."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -53,6 +56,16 @@ class TrainedBiases:
         for p, value in self._originals.items():
             p.copy_(self._copies.get(name or "", {}).get(p, value))
         self._live = name
+
+    @contextmanager
+    def parked(self) -> Iterator[None]:
+        """Use the base's own biases inside the block."""
+        live = self._live
+        self.use(None)
+        try:
+            yield
+        finally:
+            self.use(live)
 
     def values(self, name: str) -> dict[nn.Parameter, Tensor]:
         """Return adapter `name`'s values by the parameter that they belong to."""

@@ -14,7 +14,7 @@ from decal.spec import LoraConfig
 
 @dataclass(frozen=True, kw_only=True)
 class Count:
-    """One line of the table. `total` includes the adapter, as PEFT counts; sizes are of fp32 factors, MB = 10^6 bytes."""
+    """One line of the table. `total` includes the adapter, as PEFT counts; sizes are of fp32 factors, in 10^6 bytes."""
 
     rank: int
     trainable: int

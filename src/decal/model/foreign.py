@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
 from decal.errors import Unsupported
 from decal.layers.dense import SIXTEEN_BIT, WideLinear
+from decal.layers.replaced import ReplacedModule
 from decal.model import targets
 
 
@@ -20,16 +23,16 @@ def refuse_fused_head(model: nn.Module) -> None:
     head = get() if get else None
     if not isinstance(head, nn.Module):
         return
-    plain = targets.original(head)
-    if plain is not head and not isinstance(head, targets.ReplacedModule):
+    plain: Any = targets.original(head)
+    if plain is not head and not isinstance(head, ReplacedModule):
         raise Unsupported(
             "TRL's trainers multiply by the output head's stored weight, past the adapter that is on it",
             got=type(head).__name__,
             fix="Leave the head (and a tied embedding) out of target_modules and trainable_token_indices, or train "
             "with decal.train.",
         )
-    autocast = torch.is_autocast_enabled(plain.weight.device.type)  # type: ignore[union-attr, arg-type]
-    if isinstance(plain, WideLinear) and plain.weight.dtype in SIXTEEN_BIT and not autocast:
+    narrow = isinstance(plain, WideLinear) and plain.weight.dtype in SIXTEEN_BIT
+    if narrow and not torch.is_autocast_enabled(plain.weight.device.type):
         raise Unsupported(
             "TRL's trainers multiply by the head's stored 16-bit weight, and this model computes in fp32",
             fix='Load it with dtype="fp32" (or train with bf16=True), or train with decal.train.',

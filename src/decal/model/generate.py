@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -59,6 +59,14 @@ def generate(
     finally:
         model.train(was_training)
     return replies
+
+
+def rows_per_prompt(model: nn.Module, settings: Mapping[str, Any]) -> int:
+    """Return how many rows of a batch transformers' generate makes of one prompt: its beams, or its returns."""
+    config: Any = settings.get("generation_config") or model.generation_config
+    return max(
+        int(settings.get(key) or getattr(config, key, None) or 1) for key in ("num_beams", "num_return_sequences")
+    )
 
 
 def _padded(rows: Sequence[list[int]], *, fill: int) -> tuple[torch.Tensor, torch.Tensor]:

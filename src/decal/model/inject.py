@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 from torch import Generator, nn
@@ -10,18 +12,22 @@ from torch import Generator, nn
 from decal.errors import AdapterError, TargetError, Unsupported
 from decal.layers.adapted import Adapted, AdaptedLinear
 from decal.layers.catalog import ADAPTERS, EMBEDDING_ADAPTERS, adapter_kind, base_of
-from decal.layers.embedding import AdaptedEmbedding, EmbeddingBase, EmbeddingLoRA, TiedLoRA
+from decal.layers.embedding import AdaptedEmbedding, EmbeddingLoRA, TiedLoRA
 from decal.layers.lora import LoRA
 from decal.layers.replaced import ReplacedModule
-from decal.layers.routing import Switch
+from decal.layers.routing import BASE, Switch
 from decal.layers.seams import Base
 from decal.layers.tokens import TiedTokenRows, TokenRows
 from decal.model import targets
 from decal.model.targets import Target, original
-from decal.spec import LoraConfig
+from decal.spec import LoraConfig, TaskType
 
 Wrapper = Adapted | ReplacedModule | TokenRows
-TIE = "Set ensure_weight_tying=True to adapt both, or untie them (config.tie_word_embeddings=False and a copy of the weight)."
+Wrapping = TypeVar("Wrapping", bound=Adapted | ReplacedModule | TokenRows | TiedTokenRows)
+TIE = (
+    "Set ensure_weight_tying=True to adapt both, or untie them (config.tie_word_embeddings=False and a copy of the "
+    "weight)."
+)
 
 
 @dataclass(kw_only=True)
@@ -176,6 +182,7 @@ class Injection:
     def _train_rows(self, name: str, indices: tuple[int, ...], tied: tuple[str, str] | None) -> None:
         module = self.model.get_submodule(name)
         table = original(module).weight
+        assert isinstance(table, torch.Tensor), "an embedding has a table"
         if not indices or min(indices) < 0 or max(indices) >= table.shape[0]:
             raise AdapterError(
                 "trainable_token_indices must be ids of the vocabulary",
@@ -192,7 +199,19 @@ class Injection:
                 wrap(self.model, tied[1], TiedTokenRows(head, module))
 
 
-def wrap(model: nn.Module, name: str, wrapper: Adapted | ReplacedModule | TokenRows | TiedTokenRows) -> nn.Module:
+def check_new(name: str, config: LoraConfig, *, taken: Iterable[str]) -> None:
+    """Raise AdapterError for a name that cannot be an adapter's, Unsupported for a task that decal has not."""
+    if name in taken:
+        raise AdapterError(f"there is already an adapter {name!r}", fix="Choose another name, or delete_adapter first.")
+    if not name or "." in name or name == BASE:
+        raise AdapterError("an adapter's name must be a word without dots", got=repr(name), fix="Choose another name.")
+    if config.task_type not in (None, TaskType.CAUSAL_LM, TaskType.SEQ_CLS):
+        raise Unsupported(
+            f"decal does not adapt models for {config.task_type}", fix="Use CAUSAL_LM or SEQ_CLS, or PEFT itself."
+        )
+
+
+def wrap(model: nn.Module, name: str, wrapper: Wrapping) -> Wrapping:
     """Put `wrapper` in the place of the module `name`; accelerate's hooks move to it. Returns the wrapper."""
     layer = model.get_submodule(name)
     hook = getattr(layer, "_hf_hook", None)

@@ -50,7 +50,7 @@ def load_model(
     extra: dict[str, Any] = {} if num_labels is None else {"num_labels": num_labels}
     if device_map is not None:
         extra["device_map"] = device_map
-    model: nn.Module = CLASSES[task].from_pretrained(
+    model: Any = CLASSES[task].from_pretrained(
         path, dtype="auto" if wanted is None else named_dtype(wanted), local_files_only=True, **extra
     )
     model.name_or_path = str(name)  # what adapters record as their base: as the user named it
@@ -58,7 +58,8 @@ def load_model(
         model.to(device or default_device())
     if wanted is None and next(model.parameters()).device.type == "cpu":
         compute_in_fp32(model)
-    return model.eval()
+    loaded: nn.Module = model.eval()
+    return loaded
 
 
 def load_tokenizer(name: str | os.PathLike[str], *, revision: str | None = None) -> Any:
@@ -69,12 +70,14 @@ def load_tokenizer(name: str | os.PathLike[str], *, revision: str | None = None)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0]
         raise DecalError(
-            f"no tokenizer could be loaded ({reason})", got=path, fix="The folder needs tokenizer.json and its settings."
+            f"no tokenizer could be loaded ({reason})",
+            got=path,
+            fix="The folder needs tokenizer.json and its settings.",
         ) from None
 
 
 def meta_model(name: str | os.PathLike[str], *, revision: str | None = None) -> nn.Module:
-    """Return the causal model of a configuration without any weights, on the meta device (nothing is downloaded but it)."""
+    """Return the causal model of a configuration without any weights, on the meta device; only it is downloaded."""
     path = locate.folder(name, kind="model", revision=revision, patterns=["config.json", "generation_config.json"])
     _refuse_non_model(path)
     with torch.device("meta"):
@@ -115,7 +118,9 @@ def _adopted(wide: type[nn.Module], module: nn.Module) -> nn.Module:
 def _refuse_non_model(path: Any) -> None:
     if not (path / "config.json").is_file():
         found = sorted(entry.name for entry in path.iterdir())[:8]
-        hint = "This is an adapter: give its base model, and the adapter with --adapter." if (
-            path / "adapter_config.json"
-        ).is_file() else "A model folder has config.json, *.safetensors and tokenizer.json."
+        hint = (
+            "This is an adapter: give its base model, and the adapter with --adapter."
+            if (path / "adapter_config.json").is_file()
+            else "A model folder has config.json, *.safetensors and tokenizer.json."
+        )
         raise DecalError("the folder holds no model (no config.json)", got=f"{path} with {found}", fix=hint)

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from decal import locate
 from decal.errors import AdapterError, Unsupported
 from decal.files import peft_files
 from decal.layers.adapted import Adapted
+from decal.layers.dense import Conv1DBase
 from decal.layers.embedding import TiedLoRA
 from decal.layers.lora import ResidualLoRA
 from decal.layers.replaced import ReplacedModule
@@ -24,6 +27,13 @@ if TYPE_CHECKING:
 
 TOKEN_ROWS = "token_adapter.trainable_tokens_delta"
 MAGNITUDE = "lora_magnitude_vector"
+
+
+class LoadResult(NamedTuple):
+    """What loading left over; both empty, because decal refuses an adapter that does not fit exactly."""
+
+    missing_keys: list[str]
+    unexpected_keys: list[str]
 
 
 def tensors(model: PeftModel, name: str) -> dict[str, Tensor]:
@@ -45,8 +55,10 @@ def tensors(model: PeftModel, name: str) -> dict[str, Tensor]:
 def config(model: PeftModel, name: str) -> LoraConfig:
     """Return the configuration that describes the saved tensors to any reader of PEFT's format."""
     spec = model.peft_config[name]
-    changes: dict[str, object] = {"inference_mode": True}
-    if spec.target_modules in (targets.ALL_LINEAR, targets.ATTENTION):
+    adapted = [layer for layer in model._carriers[name].values() if isinstance(layer, Adapted)]
+    transposed = any(isinstance(layer.base, Conv1DBase) for layer in adapted)  # PEFT sets it where it meets a Conv1D
+    changes: dict[str, object] = {"inference_mode": True, "fan_in_fan_out": transposed or spec.fan_in_fan_out}
+    if spec.target_modules in (None, targets.ALL_LINEAR, targets.ATTENTION):  # said in full, for other readers
         changes["target_modules"] = _by_name(model, name)
     if spec.init_lora_weights in ("pissa", "olora"):  # saved as plain LoRA of rank 2r with the same scale
         factor = math.sqrt(2) if spec.use_rslora else 2
@@ -81,6 +93,22 @@ def for_loading(config: LoraConfig, *, is_trainable: bool) -> LoraConfig:
             fix="Save it as plain LoRA (PEFT: path_initial_model_for_weight_conversion); decal always does.",
         )
     return config.model_copy(update={"inference_mode": not is_trainable})
+
+
+def fetch(
+    model_id: str | os.PathLike[str],
+    *,
+    revision: str | None,
+    subfolder: str | None,
+    is_trainable: bool,
+    config: LoraConfig | None = None,
+) -> tuple[LoraConfig, dict[str, Tensor]]:
+    """Return a saved adapter's configuration (or the given one, as the model applies it) and its tensors."""
+    folder = locate.folder(
+        model_id, kind="adapter", revision=revision, patterns=patterns(subfolder), subfolder=subfolder
+    )
+    read, given = peft_files.read(folder)
+    return for_loading(config or read, is_trainable=is_trainable), given
 
 
 def patterns(subfolder: str | None) -> list[str]:
@@ -182,6 +210,8 @@ def _bias_values(model: PeftModel, name: str, given: Mapping[str, Tensor]) -> di
 
 def refuse_other_shape(model: nn.Module, config: LoraConfig, given: Mapping[str, Tensor], *, where: str) -> None:
     """Raise AdapterError early, with the two sizes, where the file's factors are for layers of other sizes."""
+    base = config.base_model_name_or_path
+    fix = f"Load it on its own base{f' ({base})' if base else ''}."
     for key, tensor in given.items():
         layer_name, _, end = key.rpartition(".lora_A.")
         if end != "weight":
@@ -192,14 +222,14 @@ def refuse_other_shape(model: nn.Module, config: LoraConfig, given: Mapping[str,
             raise AdapterError(
                 f"{where} adapts {layer_name!r}, which this model has not",
                 got=type(model).__name__,
-                fix=f"Load it on its own base{f' ({config.base_model_name_or_path})' if config.base_model_name_or_path else ''}.",
+                fix=fix,
             ) from None
         size = getattr(layer, "in_features", None)
         if isinstance(size, int) and tensor.shape[1] != size:
             raise AdapterError(
                 f"{where} is for another base: {layer_name!r} takes {size} features here",
                 got=f"{tensor.shape[1]} in the file",
-                fix=f"Load it on its own base{f' ({config.base_model_name_or_path})' if config.base_model_name_or_path else ''}.",
+                fix=fix,
             )
 
 

@@ -4,49 +4,24 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
 
-from decal import locate
 from decal.errors import AdapterError, DecalError, Unsupported, nearest
-from decal.files import peft_files
+from decal.files import hub, peft_files
 from decal.layers.adapted import Adapted
-from decal.layers.replaced import ReplacedModule
-from decal.layers.routing import BASE, Routing, Switch
-from decal.layers.tokens import TiedTokenRows, TokenRows
-from decal.model import foreign, saved, targets
+from decal.layers.routing import Routing, Switch
+from decal.model import foreign, generate, merging, recompute, saved
+from decal.model.adapters import Adapters
 from decal.model.biases import TrainedBiases
-from decal.model.inject import Injection, Wrapper, place
-from decal.spec import LoraConfig, TaskType
-
-
-class LoadResult(NamedTuple):
-    """What loading left over; both empty, because decal refuses an adapter that does not fit exactly."""
-
-    missing_keys: list[str]
-    unexpected_keys: list[str]
-
-
-class Adapters(nn.Module):
-    """The layer between PeftModel and the model, so that parameter names equal PEFT's (`base_model.model.`...)."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.model(*args, **kwargs)
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(self._modules["model"], name)
+from decal.model.inject import Injection, Wrapper, check_new
+from decal.spec import LoraConfig
 
 
 class PeftModel(nn.Module):
@@ -76,13 +51,8 @@ class PeftModel(nn.Module):
         self.peft_config: dict[str, LoraConfig] = {}
         self.notes: list[str] = []
         self._carriers: dict[str, dict[str, Wrapper]] = {}
-        self._add(
-            adapter_name,
-            peft_config,
-            generator=generator,
-            fp32=autocast_adapter_dtype,
-            init=not low_cpu_mem_usage,
-        )
+        init = not low_cpu_mem_usage
+        self._add(adapter_name, peft_config, generator=generator, fp32=autocast_adapter_dtype, init=init)
         self.set_adapter(adapter_name, inference_mode=peft_config.inference_mode)
 
     # Adding and choosing adapters.
@@ -97,18 +67,7 @@ class PeftModel(nn.Module):
         init: bool = True,
         strict: bool = True,
     ) -> None:
-        if name in self.peft_config:
-            raise AdapterError(
-                f"there is already an adapter {name!r}", fix="Choose another name, or delete_adapter first."
-            )
-        if not name or "." in name or name == BASE:
-            raise AdapterError(
-                "an adapter's name must be a word without dots", got=repr(name), fix="Choose another name."
-            )
-        if config.task_type not in (None, TaskType.CAUSAL_LM, TaskType.SEQ_CLS):
-            raise Unsupported(
-                f"decal does not adapt models for {config.task_type}", fix="Use CAUSAL_LM or SEQ_CLS, or PEFT itself."
-            )
+        check_new(name, config, taken=self.peft_config)
         model = self.get_base_model()
         source = config.base_model_name_or_path or getattr(model, "name_or_path", None) or None
         injection = Injection(
@@ -189,13 +148,8 @@ class PeftModel(nn.Module):
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
         """Use the base alone inside the block."""
-        live = [name for name in self.switch.active if self.biases.has(name)]
-        with self.switch.off():
-            self.biases.use(None)
-            try:
-                yield
-            finally:
-                self.biases.use(live[0] if live else None)
+        with self.switch.off(), self.biases.parked():
+            yield
 
     @property
     def active_adapters(self) -> list[str]:
@@ -226,11 +180,7 @@ class PeftModel(nn.Module):
         model = self.get_base_model()
         if adapter_names is None:
             return model.generate(*args, **kwargs)  # type: ignore[operator]  # transformers' method
-        settings = kwargs.get("generation_config") or model.generation_config
-        copies = max(
-            int(kwargs.get(key) or getattr(settings, key, None) or 1) for key in ("num_beams", "num_return_sequences")
-        )
-        with self.routed(Routing.by_row(adapter_names).expand(copies)):
+        with self.routed(Routing.by_row(adapter_names).expand(generate.rows_per_prompt(model, kwargs))):
             return model.generate(*args, **kwargs)  # type: ignore[operator]  # transformers' method
 
     @contextmanager
@@ -245,13 +195,8 @@ class PeftModel(nn.Module):
                 )
         if self.switch.merged:
             raise DecalError(f"adapters {self.switch.merged} are merged", fix="Call unmerge_adapter() first.")
-        live = [name for name in self.switch.active if self.biases.has(name)]
-        with self.switch.routed(routing):
-            self.biases.use(None)
-            try:
-                yield
-            finally:
-                self.biases.use(live[0] if live else None)
+        with self.switch.routed(routing), self.biases.parked():
+            yield
 
     def activation_checkpointing_enable(
         self,
@@ -260,23 +205,8 @@ class PeftModel(nn.Module):
         offload: bool = False,
     ) -> None:
         """Recompute layers in backward (non-reentrant), with the adapters and routing that were in force at forward."""
-        given = dict(activation_checkpointing_kwargs or {})
-        if given.pop("use_reentrant", False):
-            raise Unsupported(
-                "reentrant checkpointing loses the adapters' routing",
-                fix='Use {"use_reentrant": False}, the default here.',
-            )
-        if given.pop("context_fn", None) is not None:
-            raise Unsupported(
-                "checkpointing takes one context_fn, and the adapters need it (TRL's `selective` brings its own)",
-                fix="Leave `selective` and `context_fn` out, or train with decal.train.",
-            )
-        settings = {**given, "use_reentrant": False, "context_fn": self.switch.checkpoint_contexts}
-        model = self.get_base_model()
-        if getattr(model, "_require_grads_hooks", None):
-            model.disable_input_require_grads()  # type: ignore[operator]  # else each call adds another hook
-        enable: Any = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
-        enable(settings, every_n_layers, offload)  # it lets the embedding's output need a gradient, too
+        given = activation_checkpointing_kwargs or {}
+        recompute.enable(self.get_base_model(), self.switch, given, every_n_layers=every_n_layers, offload=offload)
 
     def gradient_checkpointing_enable(
         self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **others: Any
@@ -300,18 +230,11 @@ class PeftModel(nn.Module):
         names = tuple(adapter_names or self.switch.active)
         for name in names:
             self._known(name)
-            self._refuse_nan(name)
-        if self.switch.merged:
-            raise DecalError(f"adapters {self.switch.merged} are merged already", fix="Call unmerge_adapter() first.")
-        for layer in self._mergeable():
-            layer.merge(names)
-        self.switch.merged = names
+        merging.merge(self, names)
 
     def unmerge_adapter(self) -> None:
         """Put the base weights back, bit for bit."""
-        for layer in self._mergeable():
-            layer.unmerge()
-        self.switch.merged = ()
+        merging.unmerge(self)
 
     def merge_and_unload(
         self, progressbar: bool = False, safe_merge: bool = False, adapter_names: Sequence[str] | None = None
@@ -319,35 +242,15 @@ class PeftModel(nn.Module):
         """Merge and return the plain transformers model; this PeftModel must not be used afterwards."""
         if not self.switch.merged:
             self.merge_adapter(adapter_names, safe_merge=safe_merge)
-        names = self.switch.merged
-        for layer in self._mergeable():
-            layer.forget_original()
-        return self._unwrap(names)
+        merging.forget_originals(self)
+        return merging.unwrap(self, self.switch.merged)
 
     def unload(self) -> nn.Module:
         """Return the plain model without any adapter; this PeftModel must not be used afterwards."""
         if self.switch.merged:
             self.unmerge_adapter()
         self.biases.use(None)
-        return self._unwrap(())
-
-    def _mergeable(self) -> list[Adapted | TokenRows]:
-        return [m for m in self.modules() if isinstance(m, (Adapted, TokenRows))]
-
-    def _refuse_nan(self, name: str) -> None:
-        peft_files.refuse_broken(saved.tensors(self, name), where=f"adapter {name!r}")
-
-    def _unwrap(self, merged: Sequence[str]) -> nn.Module:
-        model = self.get_base_model()
-        for name, module in list(targets.modules(model)):
-            if isinstance(module, ReplacedModule):
-                copies = [module.modules_to_save[n] for n in merged if n in module.modules_to_save]
-                place(model, name, copies[0] if copies else module.original_module)
-            elif isinstance(module, (Adapted, TokenRows, TiedTokenRows)):
-                place(model, name, targets.original(module))
-        model.requires_grad_(True)
-        saved.say_untied(model)
-        return model
+        return merging.unwrap(self, ())
 
     # Files.
 
@@ -380,15 +283,9 @@ class PeftModel(nn.Module):
         commit_message: str = "Upload adapter",
     ) -> str:
         """Upload the adapters (only the small files) to the hub and return the address of the commit."""
-        import tempfile
-
-        from huggingface_hub import HfApi
-
-        api = HfApi(token=token)
-        repo = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder)
-            return str(api.upload_folder(repo_id=repo, folder_path=folder, commit_message=commit_message))
+            return hub.upload(Path(folder), repo_id, private=private, token=token, message=commit_message)
 
     @classmethod
     def from_pretrained(
@@ -405,11 +302,9 @@ class PeftModel(nn.Module):
         subfolder: str | None = None,
     ) -> PeftModel:
         """Return `model` with a saved adapter on it. Missing, extra, misshapen or NaN tensors raise AdapterError."""
-        folder = locate.folder(
-            model_id, kind="adapter", revision=revision, patterns=saved.patterns(subfolder), subfolder=subfolder
+        config, tensors = saved.fetch(
+            model_id, revision=revision, subfolder=subfolder, is_trainable=is_trainable, config=config
         )
-        read, tensors = peft_files.read(folder)
-        config = saved.for_loading(config or read, is_trainable=is_trainable)
         saved.refuse_other_shape(model, config, tensors, where=str(model_id))
         wrapped = cls.__new__(cls)
         PeftModel.__init__(
@@ -417,7 +312,7 @@ class PeftModel(nn.Module):
         )
         saved.fill(wrapped, adapter_name, tensors, where=str(model_id))
         wrapped.set_adapter(adapter_name, inference_mode=not is_trainable)
-        return wrapped
+        return wrapped if is_trainable else wrapped.eval()
 
     def load_adapter(
         self,
@@ -430,13 +325,9 @@ class PeftModel(nn.Module):
         *,
         revision: str | None = None,
         subfolder: str | None = None,
-    ) -> LoadResult:
+    ) -> saved.LoadResult:
         """Load a saved adapter beside the others (or into one of the same name); it does not become active."""
-        folder = locate.folder(
-            model_id, kind="adapter", revision=revision, patterns=saved.patterns(subfolder), subfolder=subfolder
-        )
-        read, tensors = peft_files.read(folder)
-        config = saved.for_loading(read, is_trainable=is_trainable)
+        config, tensors = saved.fetch(model_id, revision=revision, subfolder=subfolder, is_trainable=is_trainable)
         fresh = adapter_name not in self.peft_config
         if fresh:
             saved.refuse_other_shape(self.get_base_model(), config, tensors, where=str(model_id))
@@ -449,7 +340,7 @@ class PeftModel(nn.Module):
             raise
         for parameter in self._trainable(adapter_name):
             parameter.requires_grad_(is_trainable)
-        return LoadResult([], [])
+        return saved.LoadResult([], [])
 
     # Counting and delegation.
 
@@ -478,8 +369,8 @@ class PeftModel(nn.Module):
                 raise
             return getattr(self.base_model, name)
 
-    @property
-    def __class__(self) -> type:  # type: ignore[override]
+    @property  # type: ignore[misc]  # to answer with another class is what this property is for
+    def __class__(self) -> type:
         """Where PEFT is loaded, `isinstance(model, peft.PeftModel)` holds, too.
 
         transformers' Trainer and TRL ask this, and nothing finer, to save and to resume adapters alone.

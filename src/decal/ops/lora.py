@@ -60,4 +60,5 @@ def _at_least_fp32(W: Tensor) -> torch.dtype:
 
 def row_norm(W: Tensor) -> Tensor:
     """Return the L2 norm of each row (out,): DoRA's ||V + ΔV|| per output feature."""
-    return torch.linalg.vector_norm(W, dim=1)
+    norm: Tensor = torch.linalg.vector_norm(W, dim=1)
+    return norm
