@@ -181,7 +181,7 @@ def test_the_token_that_ends_a_reply_amid_a_conversation_may_differ() -> None:
 def test_a_template_that_counts_characters_is_not_misled_by_marks() -> None:
     maker = styled("chatml")
     maker.chat_template = STYLES["chatml"][0].replace(
-        "'<|im_end|>", "'<|im_end|>' + (m['content'] | length | string) + '"
+        "'<|im_end|>", "'<|im_end|>' + (m['content'] | length | string) * 30 + '"
     )
     talk = (TALK[0], Turn(role="assistant", content="Paris 123"), TALK[2], Turn(role="assistant", content="Osaka 123"))
     (sample,) = encode(maker, talk)
