@@ -186,6 +186,10 @@ def test_a_template_that_counts_characters_is_not_misled_by_marks() -> None:
     talk = (TALK[0], Turn(role="assistant", content="Paris 123"), TALK[2], Turn(role="assistant", content="Osaka 123"))
     (sample,) = encode(maker, talk)
     assert learnt(maker, sample) == "Paris 123<|im_end|>Osaka 123<|im_end|>"
+    written = chat.ChatFormat(maker, maker.chat_template).write(Chat(turns=talk))
+    assert [written.text[a:b] for a, b in written.spans] == [
+        f"{city} 123<|im_end|>{'9' * 30}\n" for city in ("Paris", "Osaka")
+    ]
 
 
 def test_a_generation_prompt_that_stands_before_no_reply_is_noted() -> None:
