@@ -14,8 +14,10 @@ import transformers
 from safetensors.torch import load_file
 
 from decal.errors import ConfigError, RunError
+from decal.evaluate.loss import Evaluation
 from decal.model.load import load_model
 from decal.model.wrapper import PeftModel
+from decal.recipes import finetune as recipe
 from decal.recipes.finetune import Finetuned, finetune
 from decal.rundir import RunDir
 from decal.spec import RunConfig, read_run_config
@@ -106,19 +108,20 @@ def test_no_pickle_is_written(done: Finetuned) -> None:
     assert suffixes <= {".json", ".jsonl", ".safetensors", ".yaml", ".jinja"}
 
 
-def test_the_best_weights_are_kept_when_later_ones_are_worse(folder: Path) -> None:
-    settings = {"lr": 3.0, "steps": 30, "schedule": "constant", "eval_every": 1, "early_stopping": 3}
-    result = finetune(config(folder, output="worse", **settings))
+def test_the_best_weights_are_kept_when_later_ones_are_worse(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = iter([9.0, 3.0, 2.0, 2.5, 1.0, 1.5, 1.0, 1.2, 0.1])  # before the first step, then after each
+    monkeypatch.setattr(recipe, "evaluate", lambda model, **rest: Evaluation(loss=next(script), count=1))
+    result = finetune(config(folder, output="worse", steps=9, eval_every=1, early_stopping=3, keep=1))
+    assert (result.steps, result.step, result.eval_loss, result.eval_before) == (7, 4, 1.0, 9.0)
     run = RunDir(result.run)
-    evals = {e["step"]: e["loss"] for e in run.events() if e["kind"] == "eval" and e["step"] > 0}
-    assert result.step == min(evals, key=lambda step: evals[step])
-    assert result.steps == result.step + 3 < 30  # early stopping: three evaluations without a better one
-    kept = load_file(run.path / "checkpoints" / f"step-{result.step}" / "adapter" / "adapter_model.safetensors")
+    assert [path.name for path in run.checkpoints()] == ["step-4", "step-7"]
+    kept, last = (load_file(path / "adapter" / "adapter_model.safetensors") for path in run.checkpoints())
     final = load_file(result.result / "adapter_model.safetensors")
     assert all(torch.equal(kept[name], final[name]) for name in final)
+    assert not all(torch.equal(last[name], final[name]) for name in final)
     notes = [e["text"] for e in run.events() if e["kind"] == "note"]
     assert any("stopped early" in note for note in notes)
-    assert any(f"weights of step {result.step}" in note for note in notes)
+    assert any("weights of step 4" in note for note in notes)
 
 
 def test_full_fine_tuning_moves_and_saves_the_whole_model(folder: Path) -> None:

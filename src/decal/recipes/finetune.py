@@ -81,12 +81,7 @@ def finetune(
     )
     facts = manifest.facts(config, numbers, model, ledger=data.ledger, eval_ledger=data.eval_ledger)
 
-    # From here on the run exists.
-    if resume:
-        run.rewind(int(checkpoint.name.removeprefix("step-")) if checkpoint else -1)
-    else:
-        run.claim(config.to_yaml())
-    run.write_manifest(facts)
+    start.open_folder(run, config, facts, checkpoint=checkpoint, resume=resume)  # from here on the run exists
     with logs.reporting(run, config, on_event) as report:
         report("resume" if checkpoint else "start", model=config.model, **facts["parameters"])
         for note in () if checkpoint else notes:
@@ -104,26 +99,14 @@ def finetune(
             resume=checkpoint,
             wrap=wrap,
         )
-        kept = progress.best_step or progress.step
+        kept = state.keep_best(run, progress, model)
         if kept != progress.step:
-            state.load_trainable(run.path / rundir.CHECKPOINTS / f"step-{kept}", model)
             report("note", step=progress.step, text=f"kept the weights of step {kept}: its evaluation was the best")
         result = save(run.adapter if config.train.method == "lora" else run.model, model, tokenizer, data)
         report("end", step=progress.step, kept=kept, path=str(result))
     outcome = manifest.outcome(run, progress, kept=kept, seconds=time.perf_counter() - began)
     run.write_manifest({**facts, "outcome": outcome})
-    return Finetuned(
-        run=run.path,
-        result=result,
-        ledger=data.ledger,
-        steps=progress.step,
-        step=kept,
-        loss=outcome["loss"],
-        eval_before=outcome["eval_loss_before"],
-        eval_loss=outcome["eval_loss"],
-        trainable=facts["parameters"]["trainable"],
-        seconds=outcome["seconds"],
-    )
+    return summary(run, result, data.ledger, facts["parameters"]["trainable"], outcome)
 
 
 def seed_everything(seed: int) -> None:
@@ -175,3 +158,19 @@ def save(folder: Path, model: Any, tokenizer: Any, data: Prepared) -> Path:
         model.save_pretrained(new)
         tokenizer.save_pretrained(new)
     return folder
+
+
+def summary(run: RunDir, result: Path, ledger: Ledger, trainable: int, outcome: dict[str, Any]) -> Finetuned:
+    """Return what the manifest says about the outcome as a typed value."""
+    return Finetuned(
+        run=run.path,
+        result=result,
+        ledger=ledger,
+        steps=outcome["steps"],
+        step=outcome["kept_step"],
+        loss=outcome["loss"],
+        eval_before=outcome["eval_loss_before"],
+        eval_loss=outcome["eval_loss"],
+        trainable=trainable,
+        seconds=outcome["seconds"],
+    )

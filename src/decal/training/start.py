@@ -32,6 +32,17 @@ def starting_point(run: RunDir, config: RunConfig, *, resume: bool) -> Path | No
     return whole[-1] if whole else None
 
 
+def open_folder(
+    run: RunDir, config: RunConfig, facts: dict[str, Any], *, checkpoint: Path | None, resume: bool
+) -> None:
+    """Claim the folder for a new run, or take an old one's events back to its checkpoint; write the manifest."""
+    if resume:
+        run.rewind(int(checkpoint.name.removeprefix("step-")) if checkpoint is not None else -1)
+    else:
+        run.claim(config.to_yaml())
+    run.write_manifest(facts)
+
+
 def check_same(before: RunConfig, now: RunConfig) -> None:
     """Raise RunError naming the first setting that differs and would change the result."""
     old, new = dict(_flat(before.model_dump(mode="json"))), dict(_flat(now.model_dump(mode="json")))

@@ -119,6 +119,14 @@ def load_trainable(folder: Path, model: nn.Module) -> None:
             parameter.copy_(stored[name])
 
 
+def keep_best(run: rundir.RunDir, progress: Progress, model: nn.Module) -> int:
+    """Give the model the weights of the best evaluation, if there was one; return the step whose weights it has."""
+    kept = progress.step if progress.best_step is None else progress.best_step
+    if kept != progress.step:
+        load_trainable(run.path / rundir.CHECKPOINTS / f"step-{kept}", model)
+    return kept
+
+
 def _named(training: Training) -> dict[str, nn.Parameter]:
     return {name: p for name, p in training.model.named_parameters() if p.requires_grad}
 
