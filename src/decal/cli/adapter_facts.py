@@ -152,7 +152,7 @@ def oddities(
     odd = []
     broken = [key for key, tensor in tensors.items() if not torch.isfinite(tensor).all()]
     if broken:
-        odd.append(f"{len(broken)} tensors hold NaN or infinity, such as {broken[0]}: the run diverged")
+        odd.append(f"NaN or infinity in {len(broken)} of {len(tensors)} tensors, such as {broken[0]}: the run diverged")
     zero = [delta.layer for delta in deltas if delta.norm_B == 0]
     if zero:
         all_of = "all" if len(zero) == len(deltas) else f"{len(zero)} of {len(deltas)}"

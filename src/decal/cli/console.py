@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import warnings
@@ -50,8 +51,16 @@ def show(table: Table) -> None:
 
 
 def dump(value: Any) -> None:
-    """Print a result as JSON."""
-    print(json.dumps(value, indent=2, ensure_ascii=False))
+    """Print a result as JSON; what is not a finite number is null, for JSON has no word for it."""
+    print(json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def facts(lines: dict[str, str]) -> Text:

@@ -115,3 +115,7 @@ def other_error(error: Exception) -> DecalError:
             fix="Lower train.micro_batch or data.max_length, or set train.gradient_checkpointing=true.",
         )
     return DecalError(what, fix="Run it again with --debug to see where it happened.")
+
+
+if __name__ == "__main__":
+    main()

@@ -51,7 +51,7 @@ def merge(
         show(merged)
     if merged.lossy:
         console.warn(
-            f"only {merged.rounding.survived:.0%} of the update survived rounding to {merged.dtype}: the merged model "
+            f"{1 - merged.rounding.survived:.0%} of the update was lost to rounding to {merged.dtype}: the merged model "
             "is not the model that you trained.\nServe the adapter beside its base, or merge with --dtype fp32."
         )
 

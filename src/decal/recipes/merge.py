@@ -60,8 +60,8 @@ class Merged:
 
     @property
     def lossy(self) -> bool:
-        """Whether much of the update was lost to rounding."""
-        return self.rounding.survived < LOST
+        """Whether much of the update was lost to rounding, by the weights or by what the model says."""
+        return self.rounding.survived < LOST or self.agreement.kl > (1 - LOST) * self.agreement.adapter_kl
 
 
 def merge(
