@@ -29,7 +29,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny.write_messages(folder / "no_robots.jsonl", 32)
     for seed, name in enumerate(ADAPTERS):
         base = AutoModelForCausalLM.from_pretrained(folder / "llama3")
-        lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
+        lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
         model = get_peft_model(base, lora, generator=torch.Generator().manual_seed(seed))
         with torch.no_grad():  # a change large enough to be seen through bf16
             for parameter in model.parameters():

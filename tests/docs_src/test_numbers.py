@@ -66,7 +66,7 @@ def bases() -> dict[str, nn.Module]:
 
 
 def adapted(base: nn.Module, rank: int, targets: list[str] | str) -> PeftModel:
-    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, task_type="CAUSAL_LM")
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets)
     with torch.device("meta"):
         return get_peft_model(base, config)
 

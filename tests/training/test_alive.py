@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import models
 import pytest
 import torch
 
@@ -10,6 +9,7 @@ from decal.errors import RunError
 from decal.model.wrapper import get_peft_model
 from decal.spec import LoraConfig
 from decal.training.alive import without_gradient
+from tests import models
 
 
 def adapted(kind: str = "llama", **settings: object) -> torch.nn.Module:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 
-import models
 import pytest
 import torch
 from torch.nn import functional as F
@@ -17,6 +16,7 @@ from decal.evaluate.loss import evaluate
 from decal.model.wrapper import get_peft_model
 from decal.spec import LoraConfig
 from decal.training.losses import SFT
+from tests import models
 
 
 def samples() -> list[Sample]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import Any
 
-import models
 import peft
 import pytest
 import torch
@@ -21,6 +20,7 @@ from decal.spec import LoraConfig
 from decal.training import losses
 from decal.training.head import why_not_chunked
 from decal.training.losses import SFT
+from tests import models
 
 PLAIN = ["llama", "llama-tied", "qwen2", "mistral", "gemma", "gpt2", "gpt2-untied", "mixtral"]
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import models
 import peft
 import pytest
 import torch
@@ -15,6 +14,7 @@ from torch import nn
 
 from decal.spec import TrainConfig
 from decal.training import optim
+from tests import models
 
 
 def lora(**settings: Any) -> nn.Module:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import models
 import pytest
 import torch
 from torch import Tensor, nn
@@ -20,6 +19,7 @@ from decal.training import optim
 from decal.training.losses import SFT
 from decal.training.precision import Precision, resolve
 from decal.training.step import StepResult, backward, take_step
+from tests import models
 
 CPU = torch.device("cpu")
 FP32 = Precision(name="fp32", device=CPU)
