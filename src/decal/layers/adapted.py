@@ -2,7 +2,7 @@
 
 Three ways to the same output, chosen by what the batch needs:
 1. merge on the fly: form W + s·B·A in a shared buffer and multiply once;
-2. side branch: base.matmul(x) + the sum of the deltas;
+2. side branch: x Wᵀ + the sum of the deltas, rounded once;
 3. routed: tokens of one batch belong to different adapters.
 """
 
@@ -138,19 +138,26 @@ class AdaptedLinear(Adapted):
         if self.switch.routing is not None and not (self.switch.disabled or self.switch.merged):
             return self._routed(x)
         active = [self.adapters[name] for name in self.switch.on(self.adapters)]
+        if not active:
+            out: Tensor = self.base_layer(x)  # the very bits of the plain model
+            return out
         if len(active) == 1 and self._may_merge(x):
             factors = active[0].factors()
             if factors is not None:
                 A, B, s = factors
                 base = self.base
                 return merged.merged_linear(x, A, B, base.bias, s, lambda a, b, t: base.dense_plus(a, b, s, t))
-        y = self.base.matmul(x)
-        if active:
-            change = active[0].delta(x, y, self.base)
-            for adapter in active[1:]:
-                change = change + adapter.delta(x, y, self.base)
-            y = (y + change).to(y.dtype)
-        return y if self.base.bias is None else y + self.base.bias
+        y = self.base.matmul(x) if any(adapter.reads_output for adapter in active) else None
+        change = active[0].delta(x, y, self.base)
+        for adapter in active[1:]:
+            change = change + adapter.delta(x, y, self.base)
+        return self._plus(x, y, change)
+
+    def _plus(self, x: Tensor, y: Tensor | None, change: Tensor) -> Tensor:
+        """Return x Wᵀ (y, where it is known) + change + bias, rounded once."""
+        if self.base.bias is not None:
+            change = change + self.base.bias
+        return self.base.matmul_plus(x, change) if y is None else (y + change).to(y.dtype)
 
     def _may_merge(self, x: Tensor) -> bool:
         """Whether forming W' is exact enough (fp32, or W off the 16-bit grid) and pays for this many rows."""
@@ -163,30 +170,33 @@ class AdaptedLinear(Adapted):
         """Way 3: the base once for all tokens, then each adapter's change on its own tokens."""
         routing = self.switch.routing
         assert routing is not None
-        y = self.base.matmul(x)
         names = [name for name in routing.adapters if name in self.adapters]
+        if not names:
+            out: Tensor = self.base_layer(x)
+            return out
         plain = [name for name in names if self.adapters[name].factors() is not None]
-        change_NO = x.new_zeros(()) if not names else None
-        x_NI, y_NO = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
+        y = self.base.matmul(x) if any(self.adapters[name].reads_output for name in names) else None
+        x_NI = x.reshape(-1, x.shape[-1])
+        y_NO = None if y is None else y.reshape(-1, y.shape[-1])
+        change_NO: Tensor | None = None
         if plain:
             A, B = self._stacked(plain)
-            x_NI = x_NI.to(A.dtype)
             columns = []
             for name in plain:
                 scales = routing.scales(name, x)[:, None].to(A.dtype)
                 rank = (self.adapters[name].factors() or (A, B, 0.0))[0].shape[0]
                 columns.append((scales * self.adapters[name].scale).expand(-1, rank))
-            change_NO = routed.delta(x_NI, A, B, torch.cat(columns, dim=1))
+            change_NO = routed.delta(x_NI.to(A.dtype), A, B, torch.cat(columns, dim=1))
         for name in names:
             if name not in plain:
                 scales = routing.scales(name, x)
                 here = scales.nonzero().flatten()
-                part = self.adapters[name].delta(x_NI[here], y_NO[here], self.base) * scales[here, None]
-                whole = torch.zeros_like(y_NO, dtype=part.dtype).index_add(0, here, part)
+                y_here = None if y_NO is None else y_NO[here]
+                part = self.adapters[name].delta(x_NI[here], y_here, self.base) * scales[here, None]
+                whole = part.new_zeros(x_NI.shape[0], self.out_features).index_add(0, here, part)
                 change_NO = whole if change_NO is None else change_NO + whole
         assert change_NO is not None
-        y = (y_NO + change_NO).to(y.dtype).reshape(y.shape)
-        return y if self.base.bias is None else y + self.base.bias
+        return self._plus(x, y, change_NO.reshape(*x.shape[:-1], self.out_features))
 
     def _stacked(self, names: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Return all A stacked (sum r, in) and all B side by side (out, sum r); kept between calls in inference."""

@@ -26,6 +26,8 @@ class Magnitude(nn.Module):
 class Lengths(LoRA):
     """What DoRA adds to a kind of low-rank factors: a magnitude m (out,) and the gain g that it sets."""
 
+    reads_output = True
+
     def __init__(self, base: Base, config: LoraConfig, *, rank: int, alpha: float, dtype: torch.dtype) -> None:
         super().__init__(base, config, rank=rank, alpha=alpha, dtype=dtype)
         self.magnitude = Magnitude(base.out_features, dtype)
@@ -50,7 +52,8 @@ class Lengths(LoRA):
     def factors(self) -> None:
         return None  # the change reads the base's output too
 
-    def delta(self, x: Tensor, y: Tensor, base: Base) -> Tensor:
+    def delta(self, x: Tensor, y: Tensor | None, base: Base) -> Tensor:
+        assert y is not None
         if self.draws_dropout:  # as PEFT: in training the base's term, too, is of the dropped input
             x = self.dropout(x)
             y = base.matmul(x)

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from decal.layers.adapted import Adapted
 from decal.layers.dense import DenseBase
 from decal.layers.dora import Lengths
-from decal.layers.lora import LoRA
+from decal.layers.lora import LoRA, drawn_on
 from decal.layers.routing import Switch
 from decal.layers.seams import Base
 from decal.spec import LoraConfig
@@ -70,11 +70,12 @@ class EmbeddingLoRA(LoRA):
 
     def init(self, base: Base, config: LoraConfig, generator: Generator | None) -> None:
         """A zero and B normal (the choice of LoRA's authors for embeddings); `False` makes both normal."""
-        A = torch.zeros(self.A.shape, dtype=self.A.dtype, device=base.device)
-        B = torch.empty(self.B.shape, dtype=self.B.dtype, device=base.device).normal_(generator=generator)
+        where = drawn_on(base, generator)
+        A = torch.zeros(self.A.shape, dtype=self.A.dtype, device=where)
+        B = torch.empty(self.B.shape, dtype=self.B.dtype, device=where).normal_(generator=generator)
         if config.init_lora_weights is False:
             A.normal_(generator=generator)
-        self.set_factors(A, B)
+        self.set_factors(A.to(base.device), B.to(base.device))
 
     def rows(self, ids: Tensor, e: Tensor, base: Base) -> Tensor:
         """Return what is added to the embedded tokens: ids (...), e (..., D) -> (..., D)."""

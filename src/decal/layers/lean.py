@@ -68,4 +68,3 @@ def lean_of(module: nn.Module) -> nn.Module | None:
         if activation in ("silu", "gelu_pytorch_tanh"):
             return LeanGatedMLP(module, activation)
     return None
-

@@ -10,10 +10,16 @@ from decal.ops import lora
 from decal.spec import LoraConfig
 
 
+def drawn_on(base: Base, generator: Generator | None) -> torch.device:
+    """Where random factors are drawn: the generator's device, so that one seed means one start on any device."""
+    return base.device if generator is None else generator.device
+
+
 class LoRA:
     """The change s·B·A with A (r, in) and B (out, r); where the factors live is the subclass's."""
 
     dropout: nn.Module = nn.Identity()
+    reads_output = False
 
     def __init__(self, base: Base, config: LoraConfig, *, rank: int, alpha: float, dtype: torch.dtype) -> None:
         self.rank = rank
@@ -33,7 +39,7 @@ class LoRA:
         raise NotImplementedError
 
     def housed(self, kind: str, container: nn.ParameterDict, name: str) -> None:
-        """Learn where the parameter of slot `kind` is registered (`.to()` and sharding may put another in its place)."""
+        """Learn where the parameter of slot `kind` is registered (sharding may put another in its place)."""
 
     def init(self, base: Base, config: LoraConfig, generator: Generator | None) -> None:
         """Make real factors on the base's device, in the place of those made on the meta device."""
@@ -47,7 +53,7 @@ class LoRA:
     def factors(self) -> tuple[Tensor, Tensor, float] | None:
         return None if self.draws_dropout else (self.A, self.B, self.scale)
 
-    def delta(self, x: Tensor, y: Tensor, base: Base) -> Tensor:
+    def delta(self, x: Tensor, y: Tensor | None, base: Base) -> Tensor:
         return lora.delta(self.dropout(x.to(self.A.dtype)), self.A, self.B, self.scale)
 
     def delta_weight(self, base: Base) -> Tensor:
@@ -80,15 +86,16 @@ class LinearLoRA(LoRA):
 
     def init(self, base: Base, config: LoraConfig, generator: Generator | None) -> None:
         """B is zero, so that the model starts as the base; A as configured."""
-        A = torch.empty(self.A.shape, dtype=self.A.dtype, device=base.device)
-        B = torch.zeros(self.B.shape, dtype=self.B.dtype, device=base.device)
+        where = drawn_on(base, generator)
+        A = torch.empty(self.A.shape, dtype=self.A.dtype, device=where)
+        B = torch.zeros(self.B.shape, dtype=self.B.dtype, device=where)
         if config.init_lora_weights == "gaussian":
             lora.gaussian_(A, generator)
         else:
             lora.kaiming_(A, generator)
         if config.init_lora_weights is False:  # PEFT's word for "not a no-op": both factors random, for tests
             lora.kaiming_(B, generator)
-        self.set_factors(A, B)
+        self.set_factors(A.to(base.device), B.to(base.device))
 
     def set_factors(self, A: Tensor, B: Tensor) -> None:
         """Put real tensors in the place of the factors made on the meta device."""
@@ -131,7 +138,7 @@ class ResidualLoRA(LinearLoRA):
     def factors(self) -> tuple[Tensor, Tensor, float] | None:
         return None if self.draws_dropout else (*self._stacked(), self.scale)
 
-    def delta(self, x: Tensor, y: Tensor, base: Base) -> Tensor:
+    def delta(self, x: Tensor, y: Tensor | None, base: Base) -> Tensor:
         x = self.dropout(x.to(self.A.dtype))
         start = lora.delta(x, self.start_A.weight, self.start_B.weight, self.scale)
         return lora.delta(x, self.A, self.B, self.scale) - start

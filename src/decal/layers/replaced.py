@@ -54,8 +54,8 @@ class ReplacedModule(nn.Module):
             if segment.adapter in self.modules_to_save:
                 if segment.start or segment.stop is not None or segment.weight != 1.0 or names[segment.row]:
                     raise Unsupported(
-                        f"adapter {segment.adapter!r} replaces a whole module (modules_to_save), which cannot be routed "
-                        "to a part of a row or weighted",
+                        f"adapter {segment.adapter!r} replaces a whole module (modules_to_save), which cannot be "
+                        "routed to a part of a row or weighted",
                         fix="Give each row one adapter.",
                     )
                 names[segment.row] = segment.adapter

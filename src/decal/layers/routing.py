@@ -63,7 +63,7 @@ class Routing:
         if x.dim() < 2 or x.shape[0] != self.rows:
             raise DecalError(
                 f"a layer saw {tuple(x.shape)}, which the routing of {self.rows} rows does not cover",
-                fix="Layers that mix the rows of a batch (experts, pooled inputs) cannot be routed: one adapter a batch.",
+                fix="Layers that mix a batch's rows (experts, pooled inputs) cannot be routed: one adapter a batch.",
             )
         length = x.shape[1] if x.dim() > 2 else 1
         key = (adapter, length, x.device, x.dtype)

@@ -37,6 +37,10 @@ class Base(Protocol):
         """Return x Wᵀ without the bias: (..., in) -> (..., out)."""
         ...
 
+    def matmul_plus(self, x: Tensor, change: Tensor) -> Tensor:
+        """Return x Wᵀ + change, rounded once to x's dtype: (..., in), (..., out) -> (..., out)."""
+        ...
+
     def dense(self, dtype: torch.dtype) -> Tensor:
         """Return W (out, in) in `dtype`; may be the stored tensor itself: do not write to it."""
         ...
@@ -53,12 +57,17 @@ class Base(Protocol):
 class Adapter(Protocol):
     """One change to a frozen weight."""
 
+    reads_output: bool  # whether `delta` needs y
+
     def factors(self) -> tuple[Tensor, Tensor, float] | None:
         """Return A, B, s if the change is just s·B·A of the plain input right now (no dropout drawn), else None."""
         ...
 
-    def delta(self, x: Tensor, y: Tensor, base: Base) -> Tensor:
-        """Return what is added to the output: (..., in), (..., out) -> (..., out). y = base.matmul(x), no bias."""
+    def delta(self, x: Tensor, y: Tensor | None, base: Base) -> Tensor:
+        """Return what is added to the output: (..., in), (..., out) -> (..., out).
+
+        y = base.matmul(x), without the bias; None only where `reads_output` is False.
+        """
         ...
 
     def delta_weight(self, base: Base) -> Tensor:

@@ -37,7 +37,7 @@ class _Merged(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(A, B, *(made_from or (x,)))
         ctx.s, ctx.form, ctx.operation = s, form, operation
-        return F.linear(x, form(A, B, x.dtype), bias)
+        return F.linear(x, form(A, B, x.dtype), None if bias is None else bias.to(x.dtype))
 
     @staticmethod
     @once_differentiable
