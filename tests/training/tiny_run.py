@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from decal.spec import RunConfig
-from integration import tiny
+from tests.integration import tiny
 
 ROWS = 22
 
