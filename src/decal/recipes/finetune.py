@@ -21,6 +21,7 @@ from decal.data.ledger import Ledger
 from decal.data.prepare import Prepared
 from decal.errors import ConfigError
 from decal.evaluate.loss import evaluate
+from decal.model.lean import lean
 from decal.model.load import load_model, load_tokenizer
 from decal.model.wrapper import get_peft_model
 from decal.rundir import RunDir
@@ -86,19 +87,20 @@ def finetune(
         report("resume" if checkpoint else "start", model=config.model, **facts["parameters"])
         for note in () if checkpoint else notes:
             report("note", text=note)
-        progress = loop.train(
-            model,
-            batches,
-            loss,
-            config.train,
-            run=run,
-            precision=numbers,
-            emit=report,
-            evaluate=measure,
-            save_adapter=model.save_pretrained if config.train.method == "lora" else None,
-            resume=checkpoint,
-            wrap=wrap,
-        )
+        with lean(model):  # equal results, less kept for backward
+            progress = loop.train(
+                model,
+                batches,
+                loss,
+                config.train,
+                run=run,
+                precision=numbers,
+                emit=report,
+                evaluate=measure,
+                save_adapter=model.save_pretrained if config.train.method == "lora" else None,
+                resume=checkpoint,
+                wrap=wrap,
+            )
         kept = state.keep_best(run, progress, model)
         if kept != progress.step:
             report("note", step=progress.step, text=f"kept the weights of step {kept}: its evaluation was the best")
