@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from decal.recipes.compare import Variants
 
 EXAMPLES = (
-    "Examples:\n\ndecal chat --adapter runs/first\n\nprintf 'Hello\\nWhat can you do?\\n' | decal chat -a runs/first"
+    "Examples:\n\ndecal chat --adapter runs/first\n\nprintf 'Hello\\nWhere is my parcel?\\n' | decal chat -a runs/first"
 )
 HELP = "/base and /adapter change who answers, /new starts again, /quit (or Ctrl-D) ends"
 
@@ -22,13 +22,13 @@ HELP = "/base and /adapter change who answers, /new starts again, /quit (or Ctrl
 def chat(
     adapter: Annotated[str | None, typer.Option("--adapter", "-a", help="Adapter or run folder, or hub id.")] = None,
     model: Annotated[
-        str | None, typer.Option("--model", "-m", help="Base model. [dim]the one that the adapter names[/]")
+        str | None, typer.Option("--model", "-m", help="Base model (default: the one that the adapter names).")
     ] = None,
     system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest reply.")] = 256,
     temperature: Annotated[float, typer.Option(help="0 is greedy.", min=0.0)] = 0.0,
     seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda. [dim]cuda if there is one[/]")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda (default: cuda if there is one).")] = None,
 ) -> None:
     """Talk with a model over several turns. Piped in, each line is one turn, and only the replies are printed."""
     from decal.cli import answering

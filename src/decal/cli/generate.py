@@ -37,7 +37,7 @@ def generate(
         list[str] | None, typer.Option("--adapter", "-a", help="Adapter or run folder, or hub id; may be repeated.")
     ] = None,
     model: Annotated[
-        str | None, typer.Option("--model", "-m", help="Base model. [dim]the one that the adapter names[/]")
+        str | None, typer.Option("--model", "-m", help="Base model (default: the one that the adapter names).")
     ] = None,
     compare: Annotated[bool, typer.Option("--compare", "-c", help="The base's reply beside each adapter's.")] = False,
     system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
@@ -50,7 +50,7 @@ def generate(
         float, typer.Option(help="Nucleus of the probability that is drawn from.", min=0.0, max=1.0)
     ] = 1.0,
     seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda. [dim]cuda if there is one[/]")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda (default: cuda if there is one).")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the replies as JSON.")] = False,
 ) -> None:
     """Answer prompts with a model, with adapters on it, or with all of them side by side."""

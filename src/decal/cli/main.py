@@ -71,13 +71,16 @@ def main(words: Sequence[str] | None = None) -> None:
 def run(words: Sequence[str], *, debug: bool) -> int:
     """Run one command and return its exit code; every error becomes a few lines on stderr."""
     try:
-        code = app(list(words), standalone_mode=False)
+        code = app(list(words), prog_name="decal", standalone_mode=False)
         return code if isinstance(code, int) else 0
     except DecalError as error:
         if debug:
             traceback.print_exc()
+        if hasattr(error, "resume"):  # Interrupted: no mistake, and its class costs torch to import
+            console.note(f"stopped: {error.what}\n  {error.fix}", style=None)
+            return INTERRUPTED
         console.show_error(error)
-        return INTERRUPTED if type(error).__name__ == "Interrupted" else 2
+        return 2
     except (KeyboardInterrupt, typer.Abort):
         console.note("stopped", style=None)
         return INTERRUPTED

@@ -31,9 +31,9 @@ def merge(
     adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="Adapter or run folder, or hub id.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The new model's folder.")],
     base: Annotated[
-        str | None, typer.Option("--base", "-m", help="Base model. [dim]the one that the adapter names[/]")
+        str | None, typer.Option("--base", "-m", help="Base model (default: the one that the adapter names).")
     ] = None,
-    dtype: Annotated[Dtype | None, typer.Option(help="Of the merged weights. [dim]as the base is stored[/]")] = None,
+    dtype: Annotated[Dtype | None, typer.Option(help="Of the merged weights (default: as the base is stored).")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the measurements as JSON.")] = False,
 ) -> None:
     """Write base + adapter as one plain transformers model, read it back and measure it against base + adapter."""
@@ -51,8 +51,8 @@ def merge(
         show(merged)
     if merged.lossy:
         console.warn(
-            f"{1 - merged.rounding.survived:.0%} of the update was lost to rounding to {merged.dtype}: the merged model "
-            "is not the model that you trained.\nServe the adapter beside its base, or merge with --dtype fp32."
+            f"{1 - merged.rounding.survived:.0%} of the update was lost to rounding to {merged.dtype}: the merged "
+            "model is not the one that you trained.\nServe the adapter beside its base, or merge with --dtype fp32."
         )
 
 

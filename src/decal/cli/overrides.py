@@ -60,7 +60,9 @@ def check_key(key: str) -> None:
     last = key.rpartition(".")[2]
     meant = next((name for name in sorted(known) if name.rpartition(".")[2] == last), OTHER_WORDS.get(last))
     hint = f"; nearest is {meant!r}" if meant else nearest(key, sorted(known))
-    raise ConfigError(f"unknown setting {key!r}{hint}", fix="All settings: docs/settings.md")
+    section = key.partition(".")[0]
+    here = SECTIONS.get(section, RunConfig)
+    raise ConfigError(f"unknown setting {key!r}{hint}", fix=f"Known here: {', '.join(sorted(here.model_fields))}.")
 
 
 def target_names(text: str | None) -> str | list[str] | None:

@@ -20,14 +20,14 @@ DEFAULT = Path("runs/quickstart")
 
 def quickstart(
     words: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings to try.", show_default=False)
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings to try.", show_default=False)
     ] = None,
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", help=f"Where all goes. [dim]{DEFAULT}, or the next free {DEFAULT}-2[/]"),
+        typer.Option("--output", "-o", help=f"Where all goes (default: {DEFAULT}, or the next free {DEFAULT}-2)."),
     ] = None,
-    tickets: Annotated[int | None, typer.Option(help="Training tickets. [dim]what the recipe says[/]", min=1)] = None,
-    held_out: Annotated[int | None, typer.Option(help="Held-out tickets. [dim]what the recipe says[/]", min=1)] = None,
+    tickets: Annotated[int | None, typer.Option(help="Training tickets (default: the recipe's).", min=1)] = None,
+    held_out: Annotated[int | None, typer.Option(help="Held-out tickets (default: the recipe's).", min=1)] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the measurements as JSON.")] = False,
 ) -> None:
     """Fine-tune the bundled 5.7 M parameter model to route support tickets, on a CPU, in a few minutes."""

@@ -84,7 +84,9 @@ class Watch:
         if self._status is not None:
             self._status.stop()
         manifest = self._run.manifest()
-        lines = {
+        saved = self._run.checkpoints()
+        lines = {"resume": f"after {saved[-1].name.replace('-', ' ')}"} if event["kind"] == "resume" and saved else {}
+        lines |= {
             "model": self._config.model,
             "train": what_is_trained(self._config, manifest),
             "data": ledger(manifest["data"]),
@@ -174,6 +176,7 @@ def outcome(config: RunConfig, done: Finetuned, *, as_json: bool) -> None:
         lines["held-out"] = f"{done.eval_before:.3f} -> {done.eval_loss:.3f}{kept}"
     lines[kind] = f"{done.result} ({megabytes(size)})"
     lines["next"] = "\n".join(next_commands(done.result, kind))
+    console.note("")
     console.out().print(console.facts(lines), soft_wrap=True)
 
 

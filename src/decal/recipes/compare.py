@@ -16,6 +16,16 @@ from decal.model.load import load_model, load_tokenizer
 from decal.model.wrapper import PeftModel
 from decal.spec import ADAPTER_CONFIG, PeftConfig
 
+# What to fetch of an adapter's hub repository for its tokenizer; there may be gigabytes of checkpoints beside it.
+TOKENIZER_FILES = (
+    "tokenizer*",
+    "chat_template*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab*",
+    "merges.txt",
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Variants:
@@ -53,7 +63,7 @@ def load(model: str | None, adapters: Sequence[str], *, device: str | None = Non
             got=error.got if error.got is not None else base,
             fix="Give the base with --model.",
         ) from error
-    tokenizer = load_tokenizer(next((f for f in folders[:1] if has_tokenizer(f)), base))
+    tokenizer = tokenizer_of(next(iter(folders), None), base)
     labels = {BASE: "base"}
     for number, folder in enumerate(folders, start=1):
         name = f"adapter{number}"
@@ -85,9 +95,13 @@ def base_of(adapters: Sequence[str]) -> str:
     return base
 
 
-def has_tokenizer(adapter: str) -> bool:
-    """Whether a tokenizer was saved with the adapter (decal does; on the hub it may be missing)."""
-    return (locate.folder(adapter, kind="adapter") / "tokenizer_config.json").is_file()
+def tokenizer_of(adapter: str | None, base: str) -> Any:
+    """Return the tokenizer (with its chat template) that was saved with the adapter, else the base's."""
+    if adapter is not None:
+        folder = locate.folder(adapter, kind="adapter", patterns=TOKENIZER_FILES)
+        if (folder / "tokenizer_config.json").is_file():
+            return load_tokenizer(folder)
+    return load_tokenizer(base)
 
 
 def label(adapter: str, *, taken: Collection[str]) -> str:

@@ -86,7 +86,7 @@ def merge(
     rounding = measure_rounding(model, wanted)
     plain: Any = model.merge_and_unload().to(wanted)
 
-    tokenizer = load_tokenizer(folder if compare.has_tokenizer(folder) else base)
+    tokenizer = compare.tokenizer_of(folder, base)
     asked = Prompts(tokenizer)
     stop_at(plain, asked.stop_ids)
     with rundir.new_folder(out) as new:
