@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -78,7 +79,7 @@ def assert_same(got: dict[str, Tensor], expected: dict[str, Tensor], **tolerance
     """Compare two sets of named tensors."""
     assert got.keys() == expected.keys(), sorted(got.keys() ^ expected.keys())
     for name, value in got.items():
-        torch.testing.assert_close(value, expected[name], **tolerance, msg=lambda text, n=name: f"{n}: {text}")
+        torch.testing.assert_close(value, expected[name], **tolerance, msg=partial("{}: {}".format, name))
 
 
 def settings(folder: Path) -> dict[str, Any]:

@@ -81,7 +81,7 @@ def test_embeddings_are_linear_layers_of_one_hot_tokens(kind: str) -> None:
     x = torch.eye(IN, dtype=torch.float64)[ids]
     torch.testing.assert_close(adapter.rows(ids, table(ids), base), torch.zeros(3, 4, OUT).double(), rtol=0, atol=1e-13)
 
-    change = moved(adapter).rows(ids, table(ids), base)
+    change = moved(adapter).rows(ids, table(ids), base)  # type: ignore[attr-defined]
     assert change.abs().max() > 1
     torch.testing.assert_close(change, adapter.delta(x, base.matmul(x), base), rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(change, x @ adapter.delta_weight(base).T, rtol=1e-10, atol=1e-10)

@@ -42,7 +42,7 @@ def test_tensorboard_holds_every_step_and_evaluation(folder: Path) -> None:
 def test_a_missing_package_is_said_first_with_what_to_install(
     folder: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(logs.importlib.util, "find_spec", lambda wanted: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda wanted: None)
     with pytest.raises(ConfigError, match=rf'{name}, which is not installed.*pip install "decal\[{name}\]"'):
         finetune(config(folder, output="missing", log_to=[name]))
     assert not (folder / "missing").exists()
@@ -66,7 +66,7 @@ def test_wandb_is_called_as_its_documentation_says(folder: Path, monkeypatch: py
             calls.append("finish")
 
     module: Any = types.ModuleType("wandb")
-    module.init = lambda **settings: calls.append(settings) or Run()
+    module.init = lambda **settings: (calls.append(settings), Run())[1]  # type: ignore[func-returns-value]
     monkeypatch.setitem(sys.modules, "wandb", module)
     monkeypatch.setattr(logs, "check_installed", lambda names: None)
     finetune(config(folder, output="wandb", log_to=["wandb"], steps=1, warmup=0))

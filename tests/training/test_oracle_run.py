@@ -52,7 +52,7 @@ def test_the_run_is_the_one_written_by_hand(tmp_path: Path, packing: bool) -> No
     settings = config(tmp_path, data={"packing": packing, "eval_rows": 0}, eval_every=None, warmup=2, max_grad_norm=0.3)
     lora = settings.lora.model_copy(update={"lora_dropout": 0.0})  # two libraries draw different masks
     settings = settings.model_copy(update={"lora": lora})
-    model: Any = recipe.get_peft_model(
+    model: Any = recipe.get_peft_model(  # type: ignore[attr-defined]
         load_model(settings.model, device="cpu"), lora, generator=torch.Generator().manual_seed(settings.train.seed)
     )
     model.save_pretrained(tmp_path / "start")

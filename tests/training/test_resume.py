@@ -60,7 +60,7 @@ def assert_same(run: Path, whole: Path) -> None:
 
 def at(step: int, act: Callable[[], object], kind: str = "step") -> Callable[[dict[str, Any]], None]:
     """Return a callback that acts at one event, once."""
-    acted = []
+    acted: list[Any] = []
 
     def callback(event: dict[str, Any]) -> None:
         if event["kind"] == kind and event["step"] == step and not acted:
@@ -105,7 +105,7 @@ def test_every_global_generator_goes_on_where_it_stood(folder: Path) -> None:
 def test_a_signal_in_an_evaluation_breaks_it_off_and_resume_makes_it(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plain, calls = recipe.evaluate, []
+    plain, calls = recipe.evaluate, []  # type: ignore[attr-defined]
 
     def slow(model: Any, **rest: Any) -> Any:
         calls.append(True)
@@ -183,7 +183,7 @@ def test_a_finished_run_resumes_to_the_same_end(folder: Path) -> None:
 def test_a_full_disk_is_said_and_costs_nothing_but_the_steps_since(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plain, room = state.save_file, [7]  # two checkpoints of three files, and one file of the next
+    plain, room = state.save_file, [7]  # type: ignore[attr-defined]  # two checkpoints of three files, and one file of the next
 
     def save_file(*arguments: Any) -> None:
         room[0] -= 1

@@ -16,11 +16,13 @@ MLPS = {"LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP", "GemmaMLP", "Gemma2MLP
 class LeanGatedMLP(nn.Module):
     """down(act(gate(x)) ∘ up(x)) that keeps gate and up alone; the parts are the original's own modules."""
 
-    def __init__(self, mlp: nn.Module, activation: str) -> None:
+    def __init__(self, mlp: Any, activation: str) -> None:
         super().__init__()
-        self.gate_proj, self.up_proj, self.down_proj = mlp.gate_proj, mlp.up_proj, mlp.down_proj
+        self.gate_proj: nn.Module = mlp.gate_proj
+        self.up_proj: nn.Module = mlp.up_proj
+        self.down_proj: nn.Module = mlp.down_proj
         self.act_fn = mlp.act_fn
-        self._original = (mlp,)  # in a tuple: not a part of this module
+        self._original: tuple[nn.Module] = (mlp,)  # in a tuple: not a part of this module
         self._product = remake.GatedProduct(activation)
 
     @property
@@ -36,10 +38,10 @@ class LeanGatedMLP(nn.Module):
 class LeanRMSNorm(nn.Module):
     """An RMS norm with a frozen weight that keeps its input alone."""
 
-    def __init__(self, norm: nn.Module) -> None:
+    def __init__(self, norm: Any) -> None:
         super().__init__()
-        self.weight = norm.weight
-        self._original = (norm,)
+        self.weight: nn.Parameter = norm.weight
+        self._original: tuple[nn.Module] = (norm,)
         self._norm = remake.RMSNorm(float(_eps(norm)))
 
     @property
@@ -56,7 +58,7 @@ def _eps(norm: Any) -> float:
     return eps
 
 
-def lean_of(module: nn.Module) -> nn.Module | None:
+def lean_of(module: nn.Module) -> LeanGatedMLP | LeanRMSNorm | None:
     """Return the lean form of a module of a known class whose own forward computes just this, else None."""
     kind = type(module).__name__
     if not type(module).__module__.startswith("transformers.models."):
