@@ -80,7 +80,10 @@ def one(args: argparse.Namespace) -> dict[str, Any]:
         overrides.append(f"lora.target_modules={targets}")
     began = time.perf_counter()
     trained = api.train(
-        model=str(args.model), data=str(write(folder / "train.jsonl", train)), output=str(folder / "run"), overrides=overrides
+        model=str(args.model),
+        data=str(write(folder / "train.jsonl", train)),
+        output=str(folder / "run"),
+        overrides=overrides,
     )
     seconds = time.perf_counter() - began
     tokenizer = decal.load_tokenizer(trained.result)
@@ -186,14 +189,25 @@ def dolly(args: argparse.Namespace) -> dict[str, Any]:
 
 def run_jobs(args: argparse.Namespace, jobs: Sequence[Sequence[str]]) -> list[dict[str, Any]]:
     """Run each job in a process of its own, `--jobs` at a time; failures are shown and counted."""
-    common = ["--model", str(args.model), "--data", str(args.data), "--out", str(args.out), "--epochs", str(args.epochs)]
+    common = [
+        "--model",
+        str(args.model),
+        "--data",
+        str(args.data),
+        "--out",
+        str(args.out),
+        "--epochs",
+        str(args.epochs),
+    ]
     waiting, running, results = list(jobs), [], []
     while waiting or running:
         while waiting and len(running) < args.jobs:
             job = waiting.pop(0)
             log = args.out / f"{'-'.join(job).replace(' ', '_').replace('/', '')}.log"
             with open(log, "w") as file:
-                running.append((subprocess.Popen([sys.executable, __file__, *job, *common], stdout=file, stderr=file), log))
+                running.append(
+                    (subprocess.Popen([sys.executable, __file__, *job, *common], stdout=file, stderr=file), log)
+                )
         for process, log in [entry for entry in running if entry[0].poll() is not None]:
             running.remove((process, log))
             lines = log.read_text().strip().splitlines()
@@ -215,18 +229,18 @@ def table(args: argparse.Namespace) -> None:
         print(f"tune   {r['method']:16} lr {r['rate']:<7g} held-out {100 * r['accuracy']:.1f}%")
     for r in results:
         if r["job"] == "base":
-            print(f"base   {100 * r['accuracy']:.1f}%  wikitext2 ppl {r['wikitext2_ppl']:.1f}  TF-IDF+LR {100 * r['tfidf']:.1f}%")
+            print(f"base   {100 * r['accuracy']:.1f}%  wikitext2 ppl {r['wikitext2_ppl']:.1f}")
+            print(f"TF-IDF + logistic regression {100 * r['tfidf']:.2f}%")
         if r["job"] == "dolly":
-            print(f"dolly  {r['method']:16} loss {r['before']:.3f} -> {r['after']:.3f} ({r['steps']} steps, lr {r['rate']:g})")
+            print(f"dolly  {r['method']:16} loss {r['before']:.3f} -> {r['after']:.3f} (lr {r['rate']:g})")
     for method in METHODS:
         final = [r for r in results if r["job"] == "final" and r["method"] == method]
         if final:
             scores = [100 * r["accuracy"] for r in final]
+            each = ", ".join(f"{score:.2f}" for score in scores)
             ppl = statistics.mean(r["wikitext2_ppl"] for r in final)
-            print(
-                f"final  {method:16} {statistics.mean(scores):.2f}% ({', '.join(f'{s:.2f}' for s in scores)}; lr "
-                f"{final[0]['rate']:g})  {final[0]['trainable']:,} trained, {final[0]['result_mb']:.1f} MB, wikitext2 {ppl:.1f}"
-            )
+            print(f"final  {method:16} {statistics.mean(scores):.2f}% ({each}) at lr {final[0]['rate']:g}")
+            print(f"       {final[0]['trainable']:,} trained, {final[0]['result_mb']:.1f} MB, wikitext2 ppl {ppl:.1f}")
 
 
 def best_rate(args: argparse.Namespace, method: str) -> float:
@@ -260,7 +274,11 @@ def main() -> None:
         run_jobs(args, [["base"], *(["one", "--job", "tune", "--method", m, "--rate", str(r)] for m, r in grid)])
     else:
         rates = {m: str(best_rate(args, m)) for m in METHODS}
-        finals = [["one", "--job", "final", "--method", m, "--rate", rates[m], "--seed", str(s)] for m in METHODS for s in SEEDS]
+        finals = [
+            ["one", "--job", "final", "--method", m, "--rate", rates[m], "--seed", str(s)]
+            for m in METHODS
+            for s in SEEDS
+        ]
         run_jobs(args, [*finals, *(["dolly", "--method", m, "--rate", rates[m]] for m in ("full", "lora all-linear"))])
         table(args)
 

@@ -123,7 +123,9 @@ def main() -> None:
     best: dict[str, dict[str, float]] = {}
     for _ in range(args.rounds):
         for system in args.systems:
-            out = subprocess.run([sys.executable, __file__, "--one", system], check=True, capture_output=True, text=True)
+            out = subprocess.run(
+                [sys.executable, __file__, "--one", system], check=True, capture_output=True, text=True
+            )
             got = json.loads(out.stdout.strip().splitlines()[-1])
             seen = best.setdefault(system, got)
             seen["seconds"] = min(seen["seconds"], got["seconds"])

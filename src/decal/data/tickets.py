@@ -49,7 +49,9 @@ SLOT = re.compile(r"\{(\w+)\}")
 # How often each part or kind of noise appears.
 GREETING, FILLER, ASIDE, QUOTE, CLOSING = 0.4, 0.3, 0.25, 0.25, 0.3
 LOWERCASE, UPPERCASE, TYPOS, TERSE = 0.12, 0.02, 0.2, 0.15
-SMALL_WORDS = frozenset("a an and are at can do for has have I in is it me my of on please that the to was with you your".split())
+SMALL_WORDS = frozenset(
+    "a an and are at can do for has have I in is it me my of on please that the to was with you your".split()
+)
 
 
 @dataclass(frozen=True, kw_only=True)
