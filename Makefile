@@ -51,7 +51,7 @@ ifeq ($(TORCH_INDEX),)
 	@$(PIP) install $(PINNED) torch
 else
 	@echo "Installing torch from $(TORCH_INDEX)"
-	@$(PIP) install --no-deps $(PINNED) --index-url $(TORCH_INDEX) torch
+	@$(PIP) install --no-deps $(PINNED) -i $(TORCH_INDEX) torch
 endif
 	@touch $@
 

@@ -40,7 +40,7 @@ _EXPORTS = {
     "load_tokenizer": "decal.model.load",
     "train": "decal.api",
 }
-__all__ = sorted(_EXPORTS)  # noqa: PLE0605  # one table serves both
+__all__ = sorted(_EXPORTS)  # one table serves both
 
 
 def __getattr__(name: str) -> Any:

@@ -53,9 +53,7 @@ class AutoPeftModelForCausalLM:
             low_cpu_mem_usage=low_cpu_mem_usage,
             task=cls.task,
         )
-        return PeftModel.from_pretrained(
-            base, name, adapter_name, is_trainable, revision=revision, subfolder=subfolder
-        )
+        return PeftModel.from_pretrained(base, name, adapter_name, is_trainable, revision=revision, subfolder=subfolder)
 
 
 class AutoPeftModelForSequenceClassification(AutoPeftModelForCausalLM):

@@ -22,7 +22,7 @@ DECAL = [sys.executable, "-m", "decal.cli.main"]
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_stopped_run_says_how_to_go_on(tmp_path: Path, number: signal.Signals) -> None:
     model, rows = save_model(tmp_path / "model"), save_rows(tmp_path / "chats.jsonl")
-    words = ["train", "-m", str(model), "-d", str(rows), "--steps", "40", "--max-length", "64", "--device", "cpu"]
+    words = ["train", "-m", str(model), "-d", str(rows), "--steps", "40", "--max-length", "64", "train.save_every=1000"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     run = tmp_path / "run"
     process = subprocess.Popen([*DECAL, *words, "-o", str(run)], stderr=subprocess.PIPE, text=True, env=environment)

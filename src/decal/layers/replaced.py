@@ -38,7 +38,8 @@ class ReplacedModule(nn.Module):
 
     def current(self) -> nn.Module:
         """Return the copy of the first active adapter that has one, else the original."""
-        names = [] if self.switch.disabled else [n for n in self.switch.active if n in self.modules_to_save]
+        on = () if self.switch.disabled else self.switch.merged or self.switch.active
+        names = [name for name in on if name in self.modules_to_save]
         return self.modules_to_save[names[0]] if names else self.original_module
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
+from decal.errors import Unsupported
 from decal.layers.adapted import Adapted
 from decal.spec import LoraConfig
 
@@ -39,15 +40,19 @@ class TrainedBiases:
 
     def remove(self, name: str) -> None:
         if self._live == name:
-            self.use(None)
+            self.use(())
         self._copies.pop(name, None)
 
     def trainable(self, name: str) -> list[nn.Parameter]:
         return list(self._copies.get(name, ()))
 
     @torch.no_grad()
-    def use(self, name: str | None) -> None:
-        """Put adapter `name`'s biases (None: the base's) into the model."""
+    def use(self, names: Sequence[str]) -> None:
+        """Put the biases that one of `names` trained into the model, else the base's. Raises Unsupported for two."""
+        trained = [name for name in names if self.has(name)]
+        if len(trained) > 1:
+            raise Unsupported(f"adapters {trained} each train the base's biases", fix="Activate one of them.")
+        name = trained[0] if trained else None
         if name == self._live:
             return
         if self._live in self._copies:
@@ -61,11 +66,11 @@ class TrainedBiases:
     def parked(self) -> Iterator[None]:
         """Use the base's own biases inside the block."""
         live = self._live
-        self.use(None)
+        self.use(())
         try:
             yield
         finally:
-            self.use(live)
+            self.use(() if live is None else (live,))
 
     def values(self, name: str) -> dict[nn.Parameter, Tensor]:
         """Return adapter `name`'s values by the parameter that they belong to."""

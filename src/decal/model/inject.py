@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch
 from torch import Generator, nn
 
-from decal.errors import AdapterError, TargetError, Unsupported
+from decal.errors import AdapterError, TargetError, Unsupported, nearest
 from decal.layers.adapted import Adapted, AdaptedLinear
 from decal.layers.catalog import ADAPTERS, EMBEDDING_ADAPTERS, adapter_kind, base_of
 from decal.layers.embedding import AdaptedEmbedding, EmbeddingLoRA, TiedLoRA
@@ -55,6 +55,17 @@ class Injection:
         tied = tied_pair(self.model)
         tokens = self._token_targets()
         self._check(resolved, tied, tokens)
+        before = dict(targets.modules(self.model))
+        try:
+            self._inject(resolved, tied, tokens)
+        except Exception:
+            self._undo(before)
+            raise
+        return self.layers
+
+    def _inject(
+        self, resolved: targets.Resolved, tied: tuple[str, str] | None, tokens: dict[str, tuple[int, ...]]
+    ) -> None:
         for target in resolved.targets:
             if tied is None or target.name not in tied:
                 self._adapt(target)
@@ -64,7 +75,14 @@ class Injection:
             self._replace(name, tied)
         for name, indices in tokens.items():
             self._train_rows(name, indices, tied)
-        return self.layers
+
+    def _undo(self, before: dict[str, nn.Module]) -> None:
+        """Leave the model as it was."""
+        for name, module in list(targets.modules(self.model)):
+            if module is not before[name]:
+                unwrap_layer(self.model, name, before[name])
+            elif isinstance(module, Wrapper):
+                module.remove(self.name)
 
     # Checks, before anything is changed.
 
@@ -211,18 +229,34 @@ def check_new(name: str, config: LoraConfig, *, taken: Iterable[str]) -> None:
         )
 
 
+def check_known(name: str, loaded: Iterable[str]) -> None:
+    """Raise AdapterError for a name that no loaded adapter has."""
+    if name not in (names := list(loaded)):
+        raise AdapterError(f"no adapter is named {name!r}{nearest(name, names)}", fix=f"Loaded are {', '.join(names)}.")
+
+
 def wrap(model: nn.Module, name: str, wrapper: Wrapping) -> Wrapping:
     """Put `wrapper` in the place of the module `name`; accelerate's hooks move to it. Returns the wrapper."""
     layer = model.get_submodule(name)
-    hook = getattr(layer, "_hf_hook", None)
-    if hook is not None:
-        from accelerate.hooks import add_hook_to_module, remove_hook_from_module
-
-        remove_hook_from_module(layer)
-        add_hook_to_module(wrapper, hook)
+    _move_hook(layer, wrapper)
     wrapper.train(layer.training)
     place(model, name, wrapper)
     return wrapper
+
+
+def unwrap_layer(model: nn.Module, name: str, layer: nn.Module) -> None:
+    """Put `layer` back in the place of the wrapper `name`, accelerate's hooks with it."""
+    _move_hook(model.get_submodule(name), layer)
+    place(model, name, layer)
+
+
+def _move_hook(source: nn.Module, to: nn.Module) -> None:
+    hook = getattr(source, "_hf_hook", None)
+    if hook is not None:
+        from accelerate.hooks import add_hook_to_module, remove_hook_from_module
+
+        remove_hook_from_module(source)
+        add_hook_to_module(to, hook)
 
 
 def place(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -13,7 +13,7 @@ from decal.layers.adapted import Adapted
 from decal.layers.replaced import ReplacedModule
 from decal.layers.tokens import TiedTokenRows, TokenRows
 from decal.model import saved, targets
-from decal.model.inject import place
+from decal.model.inject import unwrap_layer
 
 if TYPE_CHECKING:
     from decal.model.wrapper import PeftModel
@@ -25,6 +25,7 @@ def merge(model: PeftModel, names: tuple[str, ...]) -> None:
         peft_files.refuse_broken(saved.tensors(model, name), where=f"adapter {name!r}")
     if model.switch.merged:
         raise DecalError(f"adapters {model.switch.merged} are merged already", fix="Call unmerge_adapter() first.")
+    model.biases.use(names)
     for layer in _mergeable(model):
         layer.merge(names)
     model.switch.merged = names
@@ -35,6 +36,7 @@ def unmerge(model: PeftModel) -> None:
     for layer in _mergeable(model):
         layer.unmerge()
     model.switch.merged = ()
+    model.biases.use(model.switch.active)
 
 
 def forget_originals(model: PeftModel) -> None:
@@ -49,10 +51,12 @@ def unwrap(model: PeftModel, merged: Sequence[str]) -> nn.Module:
     for name, module in list(targets.modules(plain)):
         if isinstance(module, ReplacedModule):
             copies = [module.modules_to_save[n] for n in merged if n in module.modules_to_save]
-            place(plain, name, copies[0] if copies else module.original_module)
+            unwrap_layer(plain, name, copies[0] if copies else module.original_module)
         elif isinstance(module, (Adapted, TokenRows, TiedTokenRows)):
-            place(plain, name, targets.original(module))
-    plain.requires_grad_(True)
+            unwrap_layer(plain, name, targets.original(module))
+    frozen_before = {id(p) for p in model.frozen_before}
+    for p in plain.parameters():
+        p.requires_grad_(id(p) not in frozen_before)
     saved.say_untied(plain)
     return plain
 

@@ -96,19 +96,15 @@ def for_loading(config: LoraConfig, *, is_trainable: bool) -> LoraConfig:
 
 
 def fetch(
-    model_id: str | os.PathLike[str],
-    *,
-    revision: str | None,
-    subfolder: str | None,
-    is_trainable: bool,
-    config: LoraConfig | None = None,
+    model_id: str | os.PathLike[str], model: nn.Module, *, revision: str | None, subfolder: str | None
 ) -> tuple[LoraConfig, dict[str, Tensor]]:
-    """Return a saved adapter's configuration (or the given one, as the model applies it) and its tensors."""
+    """Return a saved adapter's configuration and tensors; raise AdapterError if they are for another base."""
     folder = locate.folder(
         model_id, kind="adapter", revision=revision, patterns=patterns(subfolder), subfolder=subfolder
     )
-    read, given = peft_files.read(folder)
-    return for_loading(config or read, is_trainable=is_trainable), given
+    config, given = peft_files.read(folder)
+    refuse_other_shape(model, config, given, where=str(model_id))
+    return config, given
 
 
 def patterns(subfolder: str | None) -> list[str]:
@@ -230,6 +226,18 @@ def refuse_other_shape(model: nn.Module, config: LoraConfig, given: Mapping[str,
                 f"{where} is for another base: {layer_name!r} takes {size} features here",
                 got=f"{tensor.shape[1]} in the file",
                 fix=fix,
+            )
+
+
+def refuse_other_change(held: LoraConfig, read: LoraConfig, *, where: str) -> None:
+    """Raise AdapterError where a file's factors would mean another change under the configuration that is held."""
+    for key in ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora"):
+        mine, other = getattr(held, key), getattr(read, key)
+        if mine != other:
+            raise AdapterError(
+                f"{where} was trained with another {key} than the adapter of this name",
+                got=f"{other}, where the model has {mine}",
+                fix="Load it under a new name, or delete_adapter first.",
             )
 
 

@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
-from decal.errors import AdapterError, DecalError, Unsupported, nearest
+from decal.errors import AdapterError, DecalError, Unsupported
 from decal.files import hub, peft_files
 from decal.layers.adapted import Adapted
 from decal.layers.routing import Routing, Switch
 from decal.model import foreign, generate, merging, recompute, saved
 from decal.model.adapters import Adapters
 from decal.model.biases import TrainedBiases
-from decal.model.inject import Injection, Wrapper, check_new
+from decal.model.inject import Injection, Wrapper, check_known, check_new
 from decal.spec import LoraConfig
 
 
@@ -44,8 +44,8 @@ class PeftModel(nn.Module):
             raise DecalError(
                 "the model already has adapters", fix="Use model.add_adapter(name, config), or unload first."
             )
-        model.requires_grad_(False)
         self.base_model = Adapters(model)
+        self.frozen_before = [p for p in model.parameters() if not p.requires_grad]
         self.switch = Switch()
         self.biases = TrainedBiases()
         self.peft_config: dict[str, LoraConfig] = {}
@@ -53,6 +53,7 @@ class PeftModel(nn.Module):
         self._carriers: dict[str, dict[str, Wrapper]] = {}
         init = not low_cpu_mem_usage
         self._add(adapter_name, peft_config, generator=generator, fp32=autocast_adapter_dtype, init=init)
+        model.requires_grad_(False)
         self.set_adapter(adapter_name, inference_mode=peft_config.inference_mode)
 
     # Adding and choosing adapters.
@@ -67,6 +68,7 @@ class PeftModel(nn.Module):
         init: bool = True,
         strict: bool = True,
     ) -> None:
+        self._refuse_merged()
         check_new(name, config, taken=self.peft_config)
         model = self.get_base_model()
         source = config.base_model_name_or_path or getattr(model, "name_or_path", None) or None
@@ -97,25 +99,20 @@ class PeftModel(nn.Module):
         generator: Generator | None = None,
     ) -> None:
         """Add a new, untrained adapter; it is not made the active one."""
-        self._add(
-            adapter_name, peft_config, generator=generator, fp32=autocast_adapter_dtype, init=not low_cpu_mem_usage
-        )
+        init = not low_cpu_mem_usage
+        self._add(adapter_name, peft_config, generator=generator, fp32=autocast_adapter_dtype, init=init)
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Make one adapter (or several, whose changes are summed) the active one; only active adapters train."""
         names = (adapter_name,) if isinstance(adapter_name, str) else tuple(adapter_name)
         for name in names:
             self._known(name)
-        if self.switch.merged:
-            raise DecalError(f"adapters {self.switch.merged} are merged", fix="Call unmerge_adapter() first.")
-        with_biases = [name for name in names if self.biases.has(name)]
-        if len(with_biases) > 1:
-            raise Unsupported(f"adapters {with_biases} each train the base's biases", fix="Activate one of them.")
+        self._refuse_merged()
+        self.biases.use(names)
         for name in self.switch.active:
             for parameter in self._trainable(name):
                 parameter.requires_grad_(False)
         self.switch.active = names
-        self.biases.use(with_biases[0] if with_biases else None)
         for name in names:
             for parameter in self._trainable(name):
                 parameter.requires_grad_(not inference_mode)
@@ -123,6 +120,7 @@ class PeftModel(nn.Module):
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter; if it was active, the first remaining one becomes active."""
         self._known(adapter_name)
+        self._refuse_merged()
         if len(self.peft_config) == 1:
             raise AdapterError(f"{adapter_name!r} is the only adapter", fix="Use unload() to get the plain model back.")
         was = self.switch.active
@@ -135,11 +133,11 @@ class PeftModel(nn.Module):
         self.set_adapter(remaining)
 
     def _known(self, name: str) -> None:
-        if name not in self.peft_config:
-            raise AdapterError(
-                f"no adapter is named {name!r}{nearest(name, self.peft_config)}",
-                fix=f"Loaded are {', '.join(self.peft_config)}.",
-            )
+        check_known(name, self.peft_config)
+
+    def _refuse_merged(self) -> None:
+        if self.switch.merged:
+            raise DecalError(f"adapters {self.switch.merged} are merged", fix="Call unmerge_adapter() first.")
 
     def _trainable(self, name: str) -> list[nn.Parameter]:
         own = [p for layer in self._carriers[name].values() for p in layer.trainable(name)]
@@ -148,6 +146,7 @@ class PeftModel(nn.Module):
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
         """Use the base alone inside the block."""
+        self._refuse_merged()
         with self.switch.off(), self.biases.parked():
             yield
 
@@ -193,8 +192,7 @@ class PeftModel(nn.Module):
                     f"adapter {name!r} has trained biases, which cannot be routed within a batch",
                     fix="Use it alone: set_adapter(name), without adapter_names.",
                 )
-        if self.switch.merged:
-            raise DecalError(f"adapters {self.switch.merged} are merged", fix="Call unmerge_adapter() first.")
+        self._refuse_merged()
         with self.switch.routed(routing), self.biases.parked():
             yield
 
@@ -249,7 +247,7 @@ class PeftModel(nn.Module):
         """Return the plain model without any adapter; this PeftModel must not be used afterwards."""
         if self.switch.merged:
             self.unmerge_adapter()
-        self.biases.use(None)
+        self.biases.use(())
         return merging.unwrap(self, ())
 
     # Files.
@@ -302,15 +300,15 @@ class PeftModel(nn.Module):
         subfolder: str | None = None,
     ) -> PeftModel:
         """Return `model` with a saved adapter on it. Missing, extra, misshapen or NaN tensors raise AdapterError."""
-        config, tensors = saved.fetch(
-            model_id, revision=revision, subfolder=subfolder, is_trainable=is_trainable, config=config
-        )
-        saved.refuse_other_shape(model, config, tensors, where=str(model_id))
-        wrapped = cls.__new__(cls)
-        PeftModel.__init__(
-            wrapped, model, config, adapter_name, autocast_adapter_dtype=autocast_adapter_dtype, low_cpu_mem_usage=True
-        )
-        saved.fill(wrapped, adapter_name, tensors, where=str(model_id))
+        read, tensors = saved.fetch(model_id, model, revision=revision, subfolder=subfolder)
+        config = saved.for_loading(config or read, is_trainable=is_trainable)
+        fp32 = autocast_adapter_dtype
+        wrapped = PeftModel(model, config, adapter_name, autocast_adapter_dtype=fp32, low_cpu_mem_usage=True)
+        try:
+            saved.fill(wrapped, adapter_name, tensors, where=str(model_id))
+        except AdapterError:
+            wrapped.unload()
+            raise
         wrapped.set_adapter(adapter_name, inference_mode=not is_trainable)
         return wrapped if is_trainable else wrapped.eval()
 
@@ -327,11 +325,13 @@ class PeftModel(nn.Module):
         subfolder: str | None = None,
     ) -> saved.LoadResult:
         """Load a saved adapter beside the others (or into one of the same name); it does not become active."""
-        config, tensors = saved.fetch(model_id, revision=revision, subfolder=subfolder, is_trainable=is_trainable)
+        read, tensors = saved.fetch(model_id, self.get_base_model(), revision=revision, subfolder=subfolder)
+        config = saved.for_loading(read, is_trainable=is_trainable)
         fresh = adapter_name not in self.peft_config
         if fresh:
-            saved.refuse_other_shape(self.get_base_model(), config, tensors, where=str(model_id))
             self._add(adapter_name, config, fp32=autocast_adapter_dtype, init=False, strict=False)
+        else:
+            saved.refuse_other_change(self.peft_config[adapter_name], config, where=str(model_id))
         try:
             saved.fill(self, adapter_name, tensors, where=str(model_id))
         except AdapterError:
@@ -352,9 +352,8 @@ class PeftModel(nn.Module):
     def print_trainable_parameters(self) -> None:
         """Print PEFT's line of trainable and all parameters."""
         trainable, total = self.get_nb_trainable_parameters()
-        line = (
-            f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {100 * trainable / total:.4f}"
-        )
+        share = 100 * trainable / total
+        line = f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {share:.4f}"
         print(line)  # noqa: T201  # printing is what this method of PEFT's is for
 
     def get_base_model(self) -> nn.Module:
