@@ -9,6 +9,7 @@ Three ways to the same output, chosen by what the batch needs:
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -114,12 +115,25 @@ class Adapted(nn.Module):
         return self.adapters[adapter].delta_weight(self.base)
 
 
+class Stack(NamedTuple):
+    """The factors of several adapters side by side, and the state of the parameters that they were made from."""
+
+    parts: tuple[nn.Parameter, ...]
+    state: list[tuple[int, int]]
+    A: Tensor
+    B: Tensor
+
+
 class AdaptedLinear(Adapted):
     """A frozen linear layer (in any Base format) with any number of adapters."""
 
     def __init__(self, layer: nn.Module, base: Base, switch: Switch) -> None:
         super().__init__(layer, base, switch)
-        self._stack: tuple[object, Tensor, Tensor] | None = None
+        self._stack: Stack | None = None
+
+    def remove(self, name: str) -> None:
+        super().remove(name)
+        self._stack = None
 
     @property
     def in_features(self) -> int:
@@ -200,11 +214,16 @@ class AdaptedLinear(Adapted):
 
     def _stacked(self, names: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Return all A stacked (sum r, in) and all B side by side (out, sum r); kept between calls in inference."""
-        factors = [self.adapters[name].factors() for name in names]
-        As, Bs = [f[0] for f in factors if f], [f[1] for f in factors if f]
-        if torch.is_grad_enabled():
-            return torch.cat(As), torch.cat(Bs, dim=1)
-        key = tuple((id(t), t._version, t.data_ptr()) for t in (*As, *Bs))
-        if self._stack is None or self._stack[0] != key:
-            self._stack = (key, torch.cat(As), torch.cat(Bs, dim=1))
-        return self._stack[1], self._stack[2]
+        parts = tuple(p for name in names for p in self.adapters[name].parameters())
+        if not torch.is_grad_enabled() and not any(p.is_inference() for p in parts):
+            state = [(p._version, p.data_ptr()) for p in parts]
+            kept = self._stack
+            # The parameters themselves are held and compared: an id could be that of a later one in the same place.
+            if kept is None or kept.state != state or any(p is not q for p, q in zip(kept.parts, parts, strict=True)):
+                self._stack = kept = Stack(parts, state, *self._stack_up(names))
+            return kept.A, kept.B
+        return self._stack_up(names)
+
+    def _stack_up(self, names: Sequence[str]) -> tuple[Tensor, Tensor]:
+        factors = [f for name in names if (f := self.adapters[name].factors()) is not None]
+        return torch.cat([f[0] for f in factors]), torch.cat([f[1] for f in factors], dim=1)

@@ -111,6 +111,9 @@ class TiedLoRA(LoRA):
     def slots(self) -> dict[str, nn.Module | nn.Parameter]:
         return {}
 
+    def parameters(self) -> list[nn.Parameter]:
+        return self.owner.parameters()
+
     def saved(self) -> dict[str, Tensor]:
         return {}
 

@@ -38,6 +38,12 @@ class LoRA:
         """Return the parts to register, under PEFT's names."""
         raise NotImplementedError
 
+    def parameters(self) -> list[nn.Parameter]:
+        """Return what A and B are made of."""
+        return [
+            p for part in self.slots().values() for p in (part.parameters() if isinstance(part, nn.Module) else [part])
+        ]
+
     def housed(self, kind: str, container: nn.ParameterDict, name: str) -> None:
         """Learn where the parameter of slot `kind` is registered (sharding may put another in its place)."""
 

@@ -34,6 +34,7 @@ class Routing:
     _scales: dict[tuple[str, int, torch.device, torch.dtype], Tensor] = field(
         default_factory=dict, repr=False, compare=False
     )
+    _lengths: dict[int, int] = field(default_factory=dict, repr=False, compare=False)  # {0: tokens a row}, once seen
 
     @classmethod
     def by_row(cls, names: Sequence[str]) -> Routing:
@@ -66,6 +67,12 @@ class Routing:
                 fix="Layers that mix a batch's rows (experts, pooled inputs) cannot be routed: one adapter a batch.",
             )
         length = x.shape[1] if x.dim() > 2 else 1
+        if any(s.start or s.stop is not None for s in self.segments) and length != self._lengths.setdefault(0, length):
+            raise DecalError(
+                f"a layer saw {length} tokens a row where others saw {self._lengths[0]}: segments of tokens cannot be "
+                "told apart there",
+                fix="Route whole rows; or run without a cache and with logits_to_keep=0, with one Routing a batch.",
+            )
         key = (adapter, length, x.device, x.dtype)
         if key not in self._scales:
             scales = torch.zeros(self.rows, length, dtype=x.dtype)
