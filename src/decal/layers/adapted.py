@@ -19,8 +19,8 @@ from decal.layers.routing import Switch
 from decal.layers.seams import Base
 from decal.ops import merged, routed
 
-# Way 1 rewrites W' for every product: below this many rows that costs more than the side branch saves.
-# Measured with benchmarks/merge_rows.py on 2 AVX2 cores.
+# Way 1 rewrites W' for every product: below this many rows that costs more than the side branch saves. By arithmetic
+# the two break even at in·out / (in + out) rows (288 for a square layer of 576); the numbers here are not measured yet.
 MERGE_ROWS = {"cpu": 128, "cuda": 1024}
 WIDE = (torch.float32, torch.float64)
 
@@ -91,7 +91,7 @@ class Adapted(nn.Module):
     @torch.no_grad()
     def merge(self, names: Sequence[str]) -> None:
         """Write W + the sum of the changes of `names` into the base layer, rounded once; keeps W for `unmerge`."""
-        present = [self.adapters[name] for name in names if name in self.adapters]
+        present = [self.adapters[name] for name in names if name in self.adapters and self.adapters[name].owns_weight]
         if not present:
             return
         dtype = torch.float64 if self.base.dtype == torch.float64 else torch.float32
