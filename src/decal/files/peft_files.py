@@ -27,7 +27,14 @@ PATTERNS = (ADAPTER_CONFIG, WEIGHTS)  # what an adapter needs from a hub reposit
 def write(folder: Path, config: LoraConfig, tensors: Mapping[str, Tensor]) -> None:
     """Write one adapter. `tensors` are keyed without the prefix. Raises AdapterError for NaN and for empty tensors."""
     refuse_broken(tensors, where="the adapter to be saved")
-    state = {f"{PREFIX}{key}": tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+    state: dict[str, Tensor] = {}
+    memory: set[int] = set()
+    for key, tensor in tensors.items():
+        value = tensor.detach().cpu().contiguous()
+        if value.data_ptr() in memory:  # both names of a tied module: the file holds each, as PEFT's does
+            value = value.clone()
+        memory.add(value.data_ptr())
+        state[f"{PREFIX}{key}"] = value
     rundir.write_bytes(folder / WEIGHTS, save(state, metadata={"format": "pt"}))
     rundir.write_json(folder / ADAPTER_CONFIG, config.to_dict())
 

@@ -94,11 +94,17 @@ class EmbeddingDoRA(Lengths, EmbeddingLoRA):
 
 
 class TiedLoRA(LoRA):
-    """The embedding's change seen from the tied output head: the same parameters, transposed; nothing of its own."""
+    """The embedding's change seen from the tied output head: the same parameters, transposed.
 
-    def __init__(self, owner: EmbeddingLoRA) -> None:
+    Its own is the dropout of the head's input (PEFT has none on the embedding's side, and it on the head's).
+    """
+
+    owns_weight = False
+
+    def __init__(self, owner: EmbeddingLoRA, dropout: float) -> None:
         self.owner = owner
         self.rank, self.alpha, self.scale = owner.rank, owner.alpha, owner.scale
+        self.dropout = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
 
     @property
     def A(self) -> Tensor:
@@ -109,7 +115,7 @@ class TiedLoRA(LoRA):
         return self.owner.A.T
 
     def slots(self) -> dict[str, nn.Module | nn.Parameter]:
-        return {}
+        return {"lora_dropout": self.dropout}
 
     def parameters(self) -> list[nn.Parameter]:
         return self.owner.parameters()

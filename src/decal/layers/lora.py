@@ -20,6 +20,7 @@ class LoRA:
 
     dropout: nn.Module = nn.Identity()
     reads_output = False
+    owns_weight = True  # False: another layer with the same weight merges this change
 
     def __init__(self, base: Base, config: LoraConfig, *, rank: int, alpha: float, dtype: torch.dtype) -> None:
         self.rank = rank

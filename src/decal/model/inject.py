@@ -157,7 +157,7 @@ class Injection:
             base = base_of(head)
             assert base is not None, "a head that shares an embedding's weight is a Linear"
             head = wrap(self.model, head_name, AdaptedLinear(head, base, self.switch))
-        head.add(self.name, TiedLoRA(owner))
+        head.add(self.name, TiedLoRA(owner, self.config.lora_dropout))
         self.layers[head_name] = head
 
     # What is not a low-rank change.
