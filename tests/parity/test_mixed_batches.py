@@ -176,7 +176,7 @@ def _by_hooks(
     def forward(layer: Any) -> Any:
         def hook(module: Any, args: Any, output: Any) -> torch.Tensor:
             x = args[0]
-            y = layer.base_layer(x)
+            y: torch.Tensor = layer.base_layer(x)
             for name, adapter in layer.adapters.items():
                 y = y + masks[name] * adapter.delta(x, layer.base.matmul(x), layer.base)
             return y

@@ -33,6 +33,12 @@ class EmbeddingBase(DenseBase):
     def bias(self) -> None:
         return None
 
+    @property
+    def padding_idx(self) -> int | None:
+        """The token whose row learns nothing."""
+        index: int | None = self.layer.padding_idx
+        return index
+
 
 class EmbeddingLoRA(LoRA):
     """The change s·(B·A)ᵀ of a table (V, D)."""
@@ -77,9 +83,9 @@ class EmbeddingLoRA(LoRA):
             A.normal_(generator=generator)
         self.set_factors(A.to(base.device), B.to(base.device))
 
-    def rows(self, ids: Tensor, e: Tensor, base: Base) -> Tensor:
+    def rows(self, ids: Tensor, e: Tensor, base: EmbeddingBase) -> Tensor:
         """Return what is added to the embedded tokens: ids (...), e (..., D) -> (..., D)."""
-        return F.linear(F.embedding(ids, self.A.T), self.B) * self.scale
+        return F.linear(F.embedding(ids, self.A.T, base.padding_idx), self.B) * self.scale
 
     def saved(self) -> dict[str, Tensor]:
         return {"lora_embedding_A": self.A, "lora_embedding_B": self.B}
@@ -88,7 +94,7 @@ class EmbeddingLoRA(LoRA):
 class EmbeddingDoRA(Lengths, EmbeddingLoRA):
     """LoRA's factors and a learnt length per embedding dimension, (D,), as PEFT has it."""
 
-    def rows(self, ids: Tensor, e: Tensor, base: Base) -> Tensor:
+    def rows(self, ids: Tensor, e: Tensor, base: EmbeddingBase) -> Tensor:
         gain = self.gain(base)
         return (gain - 1) * e.to(self.A.dtype) + gain * super().rows(ids, e, base)
 
@@ -147,13 +153,15 @@ class AdaptedEmbedding(Adapted):
         """(..., T) -> (..., T, D)."""
         e: Tensor = self.base_layer(ids)
         routing = None if self.switch.disabled or self.switch.merged else self.switch.routing
-        names = list(self.adapters) if routing is not None else self.switch.on(self.adapters)
+        used = self.switch.on(self.adapters) if routing is None else routing.adapters
+        names = [name for name in used if name in self.adapters]
         factor = getattr(self.base_layer, "embed_scale", None)  # Gemma multiplies its embeddings
         bare = e if factor is None else e / factor.to(e.dtype)
         change: Tensor | None = None
         for name in names:
             adapter = self.adapters[name]
             assert isinstance(adapter, EmbeddingLoRA)
+            assert isinstance(self.base, EmbeddingBase)
             part = adapter.rows(ids, bare, self.base)
             if routing is not None:
                 part = part * routing.scales(name, e).view(*ids.shape, 1)

@@ -80,12 +80,15 @@ class TokenRows(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         """(..., T) -> (..., T, D)."""
         out: Tensor = self.token_adapter.base_layer(ids)
+        padding: Any = self.token_adapter.base_layer.padding_idx  # the token whose row learns nothing
         factor: Any = getattr(self.token_adapter.base_layer, "embed_scale", None)
         for indices, rows in self.current():
             position = torch.full((self.table.shape[0],), -1, device=ids.device)
             position[indices] = torch.arange(len(indices), device=ids.device)
             place = position[ids]
             new = F.embedding(place.clamp(min=0), rows)
+            if padding is not None:
+                new = torch.where((ids == padding)[..., None], new.detach(), new)
             if factor is not None:
                 new = new * factor.to(new.dtype)
             out = torch.where((place >= 0)[..., None], new.to(out.dtype), out)

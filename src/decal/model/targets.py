@@ -102,6 +102,11 @@ def resolve(model: nn.Module, config: LoraConfig, *, strict: bool = True) -> Res
         )
     for name in names:
         _refuse_unknown(name, found[name])
+    if targets == ALL_LINEAR and (experts := _expert_parameters(model)):
+        notes.append(
+            f"'all-linear' does not reach {', '.join(experts)}: these hold several experts in one tensor, which "
+            "decal does not adapt yet"
+        )
     chosen = tuple(
         Target(
             name=name,
@@ -111,6 +116,12 @@ def resolve(model: nn.Module, config: LoraConfig, *, strict: bool = True) -> Res
         for name in names
     )
     return Resolved(targets=chosen, replaced=replaced, notes=tuple(notes))
+
+
+def _expert_parameters(model: nn.Module) -> list[str]:
+    """The last two names of all weights that hold a matrix for each expert, each once."""
+    names = [n for n, p in model.named_parameters() if p.dim() == 3 and "lora_" not in n]
+    return list(dict.fromkeys(".".join(name.split(".")[-2:]) for name in names))
 
 
 def _default(model: nn.Module) -> tuple[list[str], str]:
