@@ -132,4 +132,7 @@ def test_bad_arguments_say_what_is_wrong() -> None:
         generate(1, split="test")  # type: ignore[arg-type]  # what a user may type
 
 
-FIRST = Ticket(text="", route="")
+FIRST = Ticket(
+    text="I need help with the push notifications. I have been a customer for years.",
+    route="app/alerts",
+)
