@@ -144,6 +144,7 @@ def test_an_adapted_layer_answers_as_the_layer_it_wraps() -> None:
     plain = layer.get_base_layer()
     assert layer.weight is plain.weight
     assert layer.bias is plain.bias
+    assert isinstance(plain, torch.nn.Linear)
     assert (layer.in_features, layer.out_features) == (plain.in_features, plain.out_features)
     assert (layer.scaling, layer.r, layer.lora_alpha) == ({"default": 1.5}, {"default": 4}, {"default": 6})
     assert layer.active_adapters == ["default"]
