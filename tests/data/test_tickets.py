@@ -12,7 +12,7 @@ from decal.data import tickets
 from decal.data.tickets import ROUTES, SLOT, Ticket, generate, phrases_of, to_messages, write_jsonl
 from decal.errors import DataError
 
-MANY = 4800
+MANY = 12_000
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +132,4 @@ def test_bad_arguments_say_what_is_wrong() -> None:
         generate(1, split="test")  # type: ignore[arg-type]  # what a user may type
 
 
-FIRST = Ticket(
-    text="I need help with the push notifications. I have been a customer for years.",
-    route="app/alerts",
-)
+FIRST = Ticket(text="How do I silence the notifications?", route="app/alerts")

@@ -47,11 +47,8 @@ PHRASES = Path(__file__).with_name("ticket_phrases.json")
 SLOT = re.compile(r"\{(\w+)\}")
 
 # How often each part or kind of noise appears.
-GREETING, FILLER, ASIDE, QUOTE, CLOSING = 0.4, 0.3, 0.25, 0.25, 0.3
-LOWERCASE, UPPERCASE, TYPOS, TERSE = 0.12, 0.02, 0.2, 0.15
-SMALL_WORDS = frozenset(
-    "a an and are at can do for has have I in is it me my of on please that the to was with you your".split()  # noqa: SIM905  # a line, not 36
-)
+GREETING, FILLER, ASIDE, QUOTE, CLOSING = 0.3, 0.2, 0.2, 0.2, 0.25
+LOWERCASE, TYPOS = 0.12, 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +73,6 @@ class Phrases:
     """All phrases of one split; `slots` maps a slot's name to its fillings, the same in both splits."""
 
     openers: tuple[str, ...]
-    abouts: tuple[str, ...]
     greetings: tuple[str, ...]
     closings: tuple[str, ...]
     fillers: tuple[str, ...]
@@ -87,7 +83,7 @@ class Phrases:
 
     def templates(self) -> set[str]:
         """Return every template of the split, slots unfilled; slot fillings and topics are not templates."""
-        own = (self.openers, self.abouts, self.greetings, self.closings, self.fillers, self.asides, self.quotes)
+        own = (self.openers, self.greetings, self.closings, self.fillers, self.asides, self.quotes)
         of_routes = (phrases.wants + phrases.says for phrases in self.routes.values())
         return {template for group in (*own, *of_routes) for template in group}
 
@@ -106,7 +102,6 @@ def phrases_of(split: Split) -> Phrases:
     slots = {name: tuple(fillings) for name, fillings in table["slots"].items()}
     return Phrases(
         openers=shared["openers"],
-        abouts=shared["abouts"],
         greetings=shared["greetings"],
         closings=shared["closings"],
         fillers=shared["fillers"],
@@ -161,11 +156,9 @@ def write_jsonl(path: Path, tickets: Iterable[Ticket]) -> None:
 def _message(route: str, phrases: Phrases, rng: random.Random) -> str:
     """Put one clean message together: the request, and around it what people also write."""
     own = phrases.routes[route]
-    request = rng.choice(own.wants + own.says + own.topics)
+    request = rng.choice(own.wants + own.says)
     if request in own.wants:
         request = rng.choice(phrases.openers).replace("{want}", request)
-    elif request in own.topics:
-        request = rng.choice(phrases.abouts).replace("{topic}", request)
     parts = [request]
     for chance, extras in ((FILLER, phrases.fillers), (ASIDE, phrases.asides), (QUOTE, phrases.quotes)):
         if rng.random() < chance:
@@ -199,19 +192,14 @@ def _filled(template: str, phrases: Phrases, rng: random.Random) -> str:
 
 
 def _noisy(text: str, rng: random.Random) -> str:
-    """Return the text as people type it: some without capitals, some shouting, some with slips of the finger."""
-    if rng.random() < TERSE:
-        text = " ".join(word for word in text.split(" ") if word not in SMALL_WORDS or rng.random() < 0.3)
+    """Return the text as people type it: some without capitals, some with slips of the finger."""
     if rng.random() < TYPOS:
         words = text.split(" ")
         long = [i for i, word in enumerate(words) if word.isalpha() and len(word) > 4]
         for i in rng.sample(long, min(len(long), rng.choice((1, 1, 2)))):
             words[i] = _slip(words[i], rng)
         text = " ".join(words)
-    case = rng.random()
-    if case < LOWERCASE:
-        return text.lower()
-    return text.upper() if case < LOWERCASE + UPPERCASE else text
+    return text.lower() if rng.random() < LOWERCASE else text
 
 
 def _slip(word: str, rng: random.Random) -> str:

@@ -122,6 +122,11 @@ class TiedTokenRows(nn.Module):
         self._rows = (rows,)  # in a tuple: the embedding is not a part of the head
 
     @property
+    def rows(self) -> TokenRows:
+        """The embedding whose rows these are."""
+        return self._rows[0]
+
+    @property
     def weight(self) -> Tensor:
         weight = self.base_layer.weight
         assert isinstance(weight, Tensor)
@@ -136,7 +141,7 @@ class TiedTokenRows(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., V)."""
         logits: Tensor = self.base_layer(x)
-        for indices, rows in self._rows[0].current():
+        for indices, rows in self.rows.current():
             new = F.linear(x, rows.to(x.dtype), None if self.bias is None else self.bias[indices])
             logits = logits.index_copy(-1, indices, new.to(logits.dtype))
         return logits

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -221,8 +221,12 @@ def check_new(name: str, config: LoraConfig, *, taken: Iterable[str]) -> None:
     """Raise AdapterError for a name that cannot be an adapter's, Unsupported for a task that decal has not."""
     if name in taken:
         raise AdapterError(f"there is already an adapter {name!r}", fix="Choose another name, or delete_adapter first.")
-    if not name or "." in name or name == BASE:
-        raise AdapterError("an adapter's name must be a word without dots", got=repr(name), fix="Choose another name.")
+    if not name or "." in name or name == BASE or hasattr(nn.ModuleDict(), name):  # "keys", "training", ...
+        raise AdapterError(
+            "an adapter's name must be a word without dots that torch's containers do not use themselves",
+            got=repr(name),
+            fix="Choose another name.",
+        )
     if config.task_type not in (None, TaskType.CAUSAL_LM, TaskType.SEQ_CLS):
         raise Unsupported(
             f"decal does not adapt models for {config.task_type}", fix="Use CAUSAL_LM or SEQ_CLS, or PEFT itself."
@@ -233,6 +237,36 @@ def check_known(name: str, loaded: Iterable[str]) -> None:
     """Raise AdapterError for a name that no loaded adapter has."""
     if name not in (names := list(loaded)):
         raise AdapterError(f"no adapter is named {name!r}{nearest(name, names)}", fix=f"Loaded are {', '.join(names)}.")
+
+
+def check_choice(chosen: str | Sequence[str], loaded: Iterable[str]) -> tuple[str, ...]:
+    """Return the names of one or several adapters; raise AdapterError for none, for unknown ones and for one twice."""
+    names = (chosen,) if isinstance(chosen, str) else tuple(chosen)
+    for name in names:
+        check_known(name, loaded)
+    if not names or len(set(names)) < len(names):
+        raise AdapterError(
+            "the active adapters must be one or more, each once",
+            got=list(names),
+            fix="Use disable_adapter() for none; an adapter counts twice with twice the lora_alpha.",
+        )
+    return names
+
+
+def unwrap_empty(model: nn.Module) -> None:
+    """Put the original layers back where no adapter is left."""
+    for name, module in list(targets.modules(model)):
+        if _is_empty(module):
+            unwrap_layer(model, name, original(module))
+
+
+def _is_empty(module: nn.Module) -> bool:
+    if isinstance(module, Adapted):
+        return not module.adapters
+    if isinstance(module, ReplacedModule):
+        return not len(module.modules_to_save)
+    rows = module.rows if isinstance(module, TiedTokenRows) else module
+    return isinstance(rows, TokenRows) and not rows.token_adapter.indices
 
 
 def wrap(model: nn.Module, name: str, wrapper: Wrapping) -> Wrapping:

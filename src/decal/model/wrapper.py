@@ -20,7 +20,7 @@ from decal.layers.routing import Routing, Switch
 from decal.model import foreign, generate, merging, recompute, saved
 from decal.model.adapters import Adapters
 from decal.model.biases import TrainedBiases
-from decal.model.inject import Injection, Wrapper, check_known, check_new
+from decal.model.inject import Injection, Wrapper, check_choice, check_known, check_new, unwrap_empty
 from decal.spec import LoraConfig
 
 
@@ -104,9 +104,7 @@ class PeftModel(nn.Module):
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Make one adapter (or several, whose changes are summed) the active one; only active adapters train."""
-        names = (adapter_name,) if isinstance(adapter_name, str) else tuple(adapter_name)
-        for name in names:
-            self._known(name)
+        names = check_choice(adapter_name, self.peft_config)
         self._refuse_merged()
         self.biases.use(names)
         for name in self.switch.active:
@@ -127,6 +125,7 @@ class PeftModel(nn.Module):
         self.biases.remove(adapter_name)
         for layer in self._carriers.pop(adapter_name).values():
             layer.remove(adapter_name)
+        unwrap_empty(self.get_base_model())
         del self.peft_config[adapter_name]
         remaining = [name for name in was if name != adapter_name] or [next(iter(self.peft_config))]
         self.switch.active = tuple(name for name in was if name != adapter_name)
