@@ -15,6 +15,7 @@ import resource
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from typing import Any
 
 SHAPE = {
@@ -36,12 +37,13 @@ def measure(system: str, steps: int) -> dict[str, float]:
     import torch
 
     torch.manual_seed(0)
-    step = _peft_step() if system == "peft" else _decal_step(bf16=system == "decal-bf16")
     times, losses = [], []
-    for _ in range(steps + 1):
-        began = time.perf_counter()
-        losses.append(step())
-        times.append(time.perf_counter() - began)
+    with ExitStack() as stack:
+        step = _peft_step() if system == "peft" else _decal_step(stack, bf16=system == "decal-bf16")
+        for _ in range(steps + 1):
+            began = time.perf_counter()
+            losses.append(step())
+            times.append(time.perf_counter() - began)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     return {"seconds": min(times[1:]), "peak_gib": peak, "first_loss": losses[0], "last_loss": losses[-1]}
 
@@ -78,7 +80,7 @@ def _peft_step() -> Any:
     return step
 
 
-def _decal_step(*, bf16: bool) -> Any:
+def _decal_step(stack: ExitStack, *, bf16: bool) -> Any:
     import torch
 
     from decal import LoraConfig, get_peft_model
@@ -95,7 +97,7 @@ def _decal_step(*, bf16: bool) -> Any:
     if bf16:
         load.compute_in_fp32(base)
     model = get_peft_model(base, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")).train()
-    lean(model).__enter__()  # for the life of this process
+    stack.enter_context(lean(model))
     config = TrainConfig()
     optimizer = optim.build(model, config)
     precision = Precision(name="fp32", device=torch.device("cpu"))

@@ -9,8 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from decal.layers import workspace
-from decal.ops import merged
+from decal.ops import merged, workspace
 
 SIXTEEN_BIT = (torch.float16, torch.bfloat16)
 

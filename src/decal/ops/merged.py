@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from decal.ops import remake
+from decal.ops import remake, workspace
 
 FormWeight = Callable[[Tensor, Tensor, torch.dtype], Tensor]  # (A, B, dtype) -> W + s·B·A, in a reused buffer
 
@@ -43,7 +43,11 @@ class _Merged(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         A, B, *kept = ctx.saved_tensors
-        dx = dy @ ctx.form(A, B, dy.dtype) if ctx.needs_input_grad[0] else None
+        dx = None
+        if ctx.needs_input_grad[0]:
+            W = ctx.form(A, B, dy.dtype)
+            dx = workspace.fresh((*dy.shape[:-1], W.shape[1]), dy)
+            torch.mm(dy.flatten(0, -2), W, out=dx.flatten(0, -2))
         x = kept[0] if ctx.operation is None else ctx.operation.forward(*kept)
         x_ND, dy_NO = x.flatten(0, -2), dy.flatten(0, -2)
         A, B = A.to(dy.dtype), B.to(dy.dtype)

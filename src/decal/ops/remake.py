@@ -13,7 +13,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
+
+from decal.ops import workspace
 
 
 class Cheap(Protocol):
@@ -64,19 +65,23 @@ class GatedProduct:
 
     def forward(self, *inputs: Tensor) -> Tensor:
         gate, up = inputs
-        return self._act(gate) * up
+        return self._act(gate).mul_(up)
 
     def backward(self, dy: Tensor, *inputs: Tensor) -> tuple[Tensor | None, ...]:
         gate, up = inputs
-        d_act = dy * up
+        d_up = self._act(gate).mul_(dy)
+        d = torch.mul(dy, up, out=workspace.fresh(up.shape, up))
         if self.activation == "silu":
-            d_gate = torch.ops.aten.silu_backward(d_act, gate)
-        else:
-            d_gate = torch.ops.aten.gelu_backward(d_act, gate, approximate="tanh")
-        return d_gate, dy * self._act(gate)
+            return torch.ops.aten.silu_backward.grad_input(d, gate, grad_input=d), d_up
+        return torch.ops.aten.gelu_backward.grad_input(d, gate, approximate="tanh", grad_input=d), d_up
 
     def _act(self, gate: Tensor) -> Tensor:
-        return F.silu(gate) if self.activation == "silu" else F.gelu(gate, approximate="tanh")
+        out = workspace.fresh(gate.shape, gate)
+        if self.activation == "silu":
+            torch.ops.aten.silu.out(gate, out=out)
+        else:
+            torch.ops.aten.gelu.out(gate, approximate="tanh", out=out)
+        return out
 
 
 @dataclass(frozen=True)
@@ -91,15 +96,21 @@ class RMSNorm:
     def forward(self, *inputs: Tensor) -> Tensor:
         x, w = inputs
         wide = x.float()
-        return w * (wide * self._rstd(wide)).to(x.dtype)
+        normed = torch.mul(wide, self._rstd(wide), out=workspace.fresh(x.shape, wide))
+        return normed.mul_(w) if w.dtype == x.dtype == wide.dtype else w * normed.to(x.dtype)
 
     def backward(self, dy: Tensor, *inputs: Tensor) -> tuple[Tensor | None, ...]:
         x, w = inputs
         wide = x.float()
         rstd = self._rstd(wide)
-        normed, d_normed = wide * rstd, (dy * w).float()
-        mean = (d_normed * normed).mean(-1, keepdim=True)
-        return ((d_normed - normed * mean) * rstd).to(x.dtype), None
+        d = torch.mul(dy, w, out=workspace.fresh(x.shape, dy)).float()  # the gradient of the normed values n
+        n = torch.mul(wide, rstd, out=_scratch(wide))
+        mean = n.mul_(d).mean(-1, keepdim=True)  # dx = rstd ∘ (d - n·mean(n ∘ d))
+        return d.addcmul_(wide, mean.mul_(rstd), value=-1).mul_(rstd).to(x.dtype), None
 
     def _rstd(self, wide: Tensor) -> Tensor:
-        return torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
+        return torch.mul(wide, wide, out=_scratch(wide)).mean(-1, keepdim=True).add_(self.eps).rsqrt_()
+
+
+def _scratch(like: Tensor) -> Tensor:
+    return workspace.buffer(like.shape, like.dtype, like.device)
