@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from decal.layers.lora import LoRA
-from decal.layers.routing import Switch
+from decal.layers.routing import Column, Switch
 from decal.layers.seams import Base
 from decal.ops import merged, routed
 
@@ -118,10 +118,11 @@ class Adapted(nn.Module):
 class Stack(NamedTuple):
     """The factors of several adapters side by side, and the state of the parameters that they were made from."""
 
-    parts: tuple[nn.Parameter, ...]
+    parts: tuple[Tensor, ...]
     state: list[tuple[int, int]]
     A: Tensor
     B: Tensor
+    columns: tuple[Column, ...]
 
 
 class AdaptedLinear(Adapted):
@@ -194,13 +195,9 @@ class AdaptedLinear(Adapted):
         y_NO = None if y is None else y.reshape(-1, y.shape[-1])
         change_NO: Tensor | None = None
         if plain:
-            A, B = self._stacked(plain)
-            columns = []
-            for name in plain:
-                scales = routing.scales(name, x)[:, None].to(A.dtype)
-                rank = (self.adapters[name].factors() or (A, B, 0.0))[0].shape[0]
-                columns.append((scales * self.adapters[name].scale).expand(-1, rank))
-            change_NO = routed.delta(x_NI.to(A.dtype), A, B, torch.cat(columns, dim=1))
+            stack = self._stacked(plain)
+            mask_NR = routing.mask(stack.columns, x, stack.A.dtype)
+            change_NO = routed.delta(x_NI.to(stack.A.dtype), stack.A, stack.B, mask_NR)
         for name in names:
             if name not in plain:
                 scales = routing.scales(name, x)
@@ -212,18 +209,24 @@ class AdaptedLinear(Adapted):
         assert change_NO is not None
         return self._plus(x, y, change_NO.reshape(*x.shape[:-1], self.out_features))
 
-    def _stacked(self, names: Sequence[str]) -> tuple[Tensor, Tensor]:
+    def _stacked(self, names: Sequence[str]) -> Stack:
         """Return all A stacked (sum r, in) and all B side by side (out, sum r); kept between calls in inference."""
         parts = tuple(p for name in names for p in self.adapters[name].parameters())
-        if not torch.is_grad_enabled() and not any(p.is_inference() for p in parts):
-            state = [(p._version, p.data_ptr()) for p in parts]
-            kept = self._stack
-            # The parameters themselves are held and compared: an id could be that of a later one in the same place.
-            if kept is None or kept.state != state or any(p is not q for p, q in zip(kept.parts, parts, strict=True)):
-                self._stack = kept = Stack(parts, state, *self._stack_up(names))
-            return kept.A, kept.B
-        return self._stack_up(names)
+        if torch.is_grad_enabled() or any(p.is_inference() for p in parts):
+            return self._stack_up(names, parts, [])
+        state = [(p._version, p.data_ptr()) for p in parts]
+        kept = self._stack
+        # The parameters themselves are held and compared: an id could be that of a later one in the same place.
+        if kept is None or kept.state != state or any(p is not q for p, q in zip(kept.parts, parts, strict=True)):
+            self._stack = kept = self._stack_up(names, parts, state)
+        return kept
 
-    def _stack_up(self, names: Sequence[str]) -> tuple[Tensor, Tensor]:
-        factors = [f for name in names if (f := self.adapters[name].factors()) is not None]
-        return torch.cat([f[0] for f in factors]), torch.cat([f[1] for f in factors], dim=1)
+    def _stack_up(self, names: Sequence[str], parts: tuple[Tensor, ...], state: list[tuple[int, int]]) -> Stack:
+        found = [(name, f) for name in names if (f := self.adapters[name].factors()) is not None]
+        return Stack(
+            parts,
+            state,
+            A=torch.cat([A for _, (A, _, _) in found]),
+            B=torch.cat([B for _, (_, B, _) in found], dim=1),
+            columns=tuple(Column(name, A.shape[0], s) for name, (A, _, s) in found),
+        )

@@ -123,7 +123,7 @@ class TiedLoRA(LoRA):
     def slots(self) -> dict[str, nn.Module | nn.Parameter]:
         return {"lora_dropout": self.dropout}
 
-    def parameters(self) -> list[nn.Parameter]:
+    def parameters(self) -> list[Tensor]:
         return self.owner.parameters()
 
     def saved(self) -> dict[str, Tensor]:

@@ -39,7 +39,7 @@ class LoRA:
         """Return the parts to register, under PEFT's names."""
         raise NotImplementedError
 
-    def parameters(self) -> list[nn.Parameter]:
+    def parameters(self) -> list[Tensor]:
         """Return what A and B are made of."""
         return [
             p for part in self.slots().values() for p in (part.parameters() if isinstance(part, nn.Module) else [part])
@@ -91,6 +91,9 @@ class LinearLoRA(LoRA):
     def slots(self) -> dict[str, nn.Module | nn.Parameter]:
         return {"lora_A": self.lora_A, "lora_B": self.lora_B, "lora_dropout": self.dropout}
 
+    def parameters(self) -> list[Tensor]:
+        return [self.lora_A.weight, self.lora_B.weight]  # asked for at every layer and token of a mixed batch
+
     def init(self, base: Base, config: LoraConfig, generator: Generator | None) -> None:
         """B is zero, so that the model starts as the base; A as configured."""
         where = drawn_on(base, generator)
@@ -127,6 +130,9 @@ class ResidualLoRA(LinearLoRA):
 
     def slots(self) -> dict[str, nn.Module | nn.Parameter]:
         return {**super().slots(), "lora_start_A": self.start_A, "lora_start_B": self.start_B}
+
+    def parameters(self) -> list[Tensor]:
+        return [*super().parameters(), self.start_A.weight, self.start_B.weight]
 
     def init(self, base: Base, config: LoraConfig, generator: Generator | None) -> None:
         W = base.dense(torch.float64 if base.dtype == torch.float64 else torch.float32)

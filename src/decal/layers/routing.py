@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,6 +26,14 @@ class Segment:
     weight: float = 1.0
 
 
+class Column(NamedTuple):
+    """One adapter's place in a stack of factors: its rank and its scale s."""
+
+    adapter: str
+    rank: int
+    scale: float
+
+
 @dataclass(frozen=True)
 class Routing:
     """The segments of one batch of `rows` rows. Tokens under no segment use the base alone."""
@@ -32,6 +41,9 @@ class Routing:
     rows: int
     segments: tuple[Segment, ...]
     _scales: dict[tuple[str, int, torch.device, torch.dtype], Tensor] = field(
+        default_factory=dict, repr=False, compare=False
+    )
+    _masks: dict[tuple[tuple[Column, ...], int, torch.device, torch.dtype], Tensor] = field(
         default_factory=dict, repr=False, compare=False
     )
     _lengths: dict[int, int] = field(default_factory=dict, repr=False, compare=False)  # {0: tokens a row}, once seen
@@ -86,6 +98,20 @@ class Routing:
                     scales[s.row, s.start : s.stop] += s.weight
             self._scales[key] = scales.flatten().to(x.device)
         return self._scales[key]
+
+    def mask(self, columns: tuple[Column, ...], x: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return each token's factor for each row of the stacked factors, (rows * T, sum of ranks).
+
+        Raises DecalError as `scales` does.
+        """
+        length = x.shape[1] if x.dim() > 2 else 1
+        key = (columns, length, x.device, dtype)
+        if key not in self._masks:
+            parts = [(self.scales(c.adapter, x).to(dtype) * c.scale)[:, None].expand(-1, c.rank) for c in columns]
+            self._masks[key] = torch.cat(parts, dim=1)
+        elif x.shape[0] != self.rows:
+            self.scales(columns[0].adapter, x)  # raises
+        return self._masks[key]
 
 
 class Switch:
