@@ -19,9 +19,9 @@ from decal.layers.routing import Column, Switch
 from decal.layers.seams import Base
 from decal.ops import merged, routed
 
-# Way 1 rewrites W' for every product: below this many rows that costs more than the side branch saves. By arithmetic
-# the two break even at in·out / (in + out) rows (288 for a square layer of 576); the numbers here are not measured yet.
-MERGE_ROWS = {"cpu": 128, "cuda": 1024}
+# Way 1 rewrites W' for every product: with fewer rows than this that costs time, from here on it costs none and saves
+# memory. Measured on two AVX-512 cores for layers of 576 to 2048 (benchmarks/merge_rows.py); cuda's is an estimate.
+MERGE_ROWS = {"cpu": 1024, "cuda": 1024}
 WIDE = (torch.float32, torch.float64)
 
 
