@@ -12,11 +12,13 @@ if TYPE_CHECKING:
     from decal.errors import DecalError as DecalError
     from decal.model.load import load_model as load_model
     from decal.model.load import load_tokenizer as load_tokenizer
+    from decal.model.quantized import prepare_model_for_kbit_training as prepare_model_for_kbit_training
     from decal.model.wrapper import PeftModel as PeftModel
     from decal.model.wrapper import get_peft_model as get_peft_model
     from decal.spec import DataConfig as DataConfig
     from decal.spec import LoraConfig as LoraConfig
     from decal.spec import PeftConfig as PeftConfig
+    from decal.spec import QuantConfig as QuantConfig
     from decal.spec import RunConfig as RunConfig
     from decal.spec import TaskType as TaskType
     from decal.spec import TrainConfig as TrainConfig
@@ -32,12 +34,14 @@ _EXPORTS = {
     "LoraConfig": "decal.spec",
     "PeftConfig": "decal.spec",
     "PeftModel": "decal.model.wrapper",
+    "QuantConfig": "decal.spec",
     "RunConfig": "decal.spec",
     "TaskType": "decal.spec",
     "TrainConfig": "decal.spec",
     "get_peft_model": "decal.model.wrapper",
     "load_model": "decal.model.load",
     "load_tokenizer": "decal.model.load",
+    "prepare_model_for_kbit_training": "decal.model.quantized",
     "train": "decal.api",
 }
 __all__ = sorted(_EXPORTS)  # one table serves both

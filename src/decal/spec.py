@@ -307,6 +307,20 @@ def _training_lora(value: Any) -> Any:
     return value
 
 
+class QuantConfig(Settings):
+    """How a frozen base is stored: 4-bit NF4 or FP4 in blocks, or 8-bit integers by row; its adapters stay fp32."""
+
+    format: Literal["nf4", "fp4", "int8"] = "nf4"
+    double_quant: bool = True  # nf4, fp4: 8-bit scales; 4.127 bits per weight instead of 4.5
+    block: Literal[32, 64, 128, 256, 512, 1024, 2048, 4096] = 64
+    skip: tuple[str, ...] = ()  # modules that stay wide, by name or last name, beside embeddings and head
+    allow_dense: bool = False  # go on where over 5% of the other parameters cannot be quantised
+
+
+def _quantize(value: Any) -> Any:
+    return {"format": value} if isinstance(value, str) else value
+
+
 class RunConfig(Settings):
     """Everything that defines a run; `run.yaml` in the run folder is exactly this."""
 
@@ -316,10 +330,11 @@ class RunConfig(Settings):
         default_factory=lambda: LoraConfig(**_training_lora({}))
     )
     train: TrainConfig = TrainConfig()
+    quantize: Annotated[QuantConfig | None, BeforeValidator(_quantize)] = None
     output: str = "runs/decal"
     revision: str | None = None
 
-    SECTIONS: ClassVar[tuple[str, ...]] = ("data", "lora", "train")
+    SECTIONS: ClassVar[tuple[str, ...]] = ("data", "lora", "train", "quantize")
 
     def to_yaml(self) -> str:
         """Return the settings as YAML that `read_run_config` reads back to an equal value."""

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from decal.layers.dense import DenseBase
 from decal.layers.lora import LoRA
 from decal.layers.routing import Column, Switch
 from decal.layers.seams import Base
@@ -25,6 +26,14 @@ MERGE_ROWS = {"cpu": 1024, "cuda": 1024}
 WIDE = (torch.float32, torch.float64)
 
 
+class Original(NamedTuple):
+    """What a layer stood on before a merge; `weight` is a copy if the merge wrote over it."""
+
+    layer: nn.Module
+    base: Base
+    weight: Tensor | None
+
+
 class Adapted(nn.Module):
     """A layer with named adapters: registers their parts under PEFT's names and keeps track of what is merged."""
 
@@ -34,7 +43,7 @@ class Adapted(nn.Module):
         self.base = base
         self.switch = switch
         self.adapters: dict[str, LoRA] = {}
-        self._original: Tensor | None = None
+        self._original: Original | None = None
 
     def add(self, name: str, adapter: LoRA) -> None:
         """Register `adapter` as `name`; its parts appear as `lora_A.<name>`, `lora_B.<name>`, ..."""
@@ -96,15 +105,23 @@ class Adapted(nn.Module):
             return
         dtype = torch.float64 if self.base.dtype == torch.float64 else torch.float32
         change = sum(adapter.delta_weight(self.base).to(dtype) for adapter in present)
-        self._original = self.base.dense(self.base.dtype).clone()
-        self.base.write(self.base.dense(dtype) + change)
+        W = self.base.dense(dtype)
+        kept = self.base.dense(self.base.dtype).clone() if self.base.overwritten else None
+        self._original = Original(self.base_layer, self.base, kept)
+        self._stand_on(self.base.holding(W + change))
 
     @torch.no_grad()
     def unmerge(self) -> None:
         """Put the weight back that `merge` kept: the same bits."""
         if self._original is not None:
-            self.base.write(self._original)
+            self.base_layer, self.base = self._original.layer, self._original.base
+            if self._original.weight is not None:
+                self.base.restore(self._original.weight)
             self._original = None
+
+    def _stand_on(self, layer: nn.Module) -> None:
+        if layer is not self.base_layer:
+            self.base_layer, self.base = layer, DenseBase(layer)
 
     def forget_original(self) -> None:
         """Give up the way back after a merge."""

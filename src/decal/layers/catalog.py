@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from decal.layers.coded import CodedBase
 from decal.layers.dense import Conv1DBase, DenseBase, WideConv1D, WideLinear
 from decal.layers.dora import DoRA
 from decal.layers.embedding import EmbeddingDoRA, EmbeddingLoRA
+from decal.layers.int8_linear import Int8Linear
 from decal.layers.lora import LinearLoRA, LoRA, ResidualLoRA
+from decal.layers.nf4_linear import NF4Linear
 from decal.layers.seams import Base
 from decal.spec import LoraConfig
 
-FORMATS: dict[type[nn.Module], type[DenseBase]] = {
+FORMATS: dict[type[nn.Module], Callable[[Any], Base]] = {
     nn.Linear: DenseBase,
     WideLinear: DenseBase,
     Conv1D: Conv1DBase,
     WideConv1D: Conv1DBase,
+    NF4Linear: CodedBase,
+    Int8Linear: CodedBase,
 }
 ADAPTERS: dict[str, type[LoRA]] = {"lora": LinearLoRA, "residual": ResidualLoRA, "dora": DoRA}
 EMBEDDING_ADAPTERS: dict[str, type[LoRA]] = {"lora": EmbeddingLoRA, "dora": EmbeddingDoRA}

@@ -17,6 +17,8 @@ SIXTEEN_BIT = (torch.float16, torch.bfloat16)
 class DenseBase:
     """A view of an nn.Linear as a Base; the Linear keeps the parameters."""
 
+    overwritten = True
+
     def __init__(self, layer: nn.Module) -> None:
         self.layer: Any = layer
 
@@ -62,7 +64,7 @@ class DenseBase:
             # at |B| = 1e-4 four fifths of a young adapter's contribution.
             y = torch.addmm(change.flatten(0, -2).to(x.dtype), x.flatten(0, -2), self.weight.T)
             return y.view(change.shape)
-        return (self.matmul(x) + change).to(x.dtype)
+        return merged.frozen_linear(x, self._widened, change)
 
     def _widened(self, dtype: torch.dtype) -> Tensor:
         W = self.weight
@@ -79,7 +81,12 @@ class DenseBase:
             return torch.addmm(W, B, A, alpha=s, out=out)
         return out.copy_(W).addmm_(B, A, alpha=s)
 
-    def write(self, W: Tensor) -> None:
+    def holding(self, W: Tensor) -> nn.Module:
+        self.weight.data.copy_(W)
+        layer: nn.Module = self.layer
+        return layer
+
+    def restore(self, W: Tensor) -> None:
         self.weight.data.copy_(W)
 
 

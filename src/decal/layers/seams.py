@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class Base(Protocol):
@@ -33,6 +33,11 @@ class Base(Protocol):
         """Whether the stored values are 16-bit numbers, so that W + s·B·A in 16 bits would round a small s·B·A away."""
         ...
 
+    @property
+    def overwritten(self) -> bool:
+        """Whether `holding` writes into the layer itself."""
+        ...
+
     def matmul(self, x: Tensor) -> Tensor:
         """Return x Wᵀ without the bias: (..., in) -> (..., out)."""
         ...
@@ -49,8 +54,12 @@ class Base(Protocol):
         """Return W + s·B·A (out, in) in `dtype`, in the shared buffer: valid until the next call on this stream."""
         ...
 
-    def write(self, W: Tensor) -> None:
-        """Replace the stored weight by W (out, in), rounded to the storage format."""
+    def holding(self, W: Tensor) -> nn.Module:
+        """Return a layer that holds W (out, in): this one, overwritten; or a dense one, where the format cannot."""
+        ...
+
+    def restore(self, W: Tensor) -> None:
+        """Put W (out, in) back into the layer that `holding` overwrote: the same bits."""
         ...
 
 

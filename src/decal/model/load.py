@@ -7,16 +7,29 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GenerationConfig,
+)
 from transformers.pytorch_utils import Conv1D
 
 from decal import locate
-from decal.errors import DecalError
+from decal.errors import DecalError, Unsupported
 from decal.layers.dense import SIXTEEN_BIT, WideConv1D, WideEmbedding, WideLinear
+from decal.model import quantized
 from decal.model.inject import place
-from decal.spec import TaskType
+from decal.spec import QuantConfig, TaskType
 
 CLASSES = {TaskType.CAUSAL_LM: AutoModelForCausalLM, TaskType.SEQ_CLS: AutoModelForSequenceClassification}
+MAPPINGS = {
+    TaskType.CAUSAL_LM: MODEL_FOR_CAUSAL_LM_MAPPING,
+    TaskType.SEQ_CLS: MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+}
 WIDE: dict[type[nn.Module], type[nn.Module]] = {
     nn.Linear: WideLinear,
     nn.Embedding: WideEmbedding,
@@ -35,31 +48,88 @@ def load_model(
     low_cpu_mem_usage: bool | None = None,
     torch_dtype: str | torch.dtype | None = None,
     num_labels: int | None = None,
+    quantize: str | QuantConfig | None = None,
+    double_quant: bool = True,
+    quantization_config: Any = None,
 ) -> nn.Module:
     """Return the transformers model `name`, a folder or a hub id, in evaluation mode.
 
     dtype None keeps the checkpoint's storage; on a CPU a 16-bit checkpoint then computes in fp32 (16-bit products are
     up to 22 times slower on a CPU without instructions for them), while its large weights stay 16-bit in memory.
-    `low_cpu_mem_usage` is accepted and is always so. Raises DecalError if there is no such model.
+    `low_cpu_mem_usage` is accepted and is always so.
+
+    `quantize` ("nf4", "fp4", "int8" or a QuantConfig) stores the linear layers in codes as the checkpoint streams in;
+    transformers' BitsAndBytesConfig is understood as `quantization_config`. 4-bit checkpoints of bitsandbytes load as
+    they are, without bitsandbytes. Raises DecalError if there is no such model.
     """
     if task not in CLASSES:
         raise DecalError(f"decal does not load models for {task}", fix="Use TaskType.CAUSAL_LM or SEQ_CLS.")
     path = locate.folder(name, kind="model", revision=revision)
     _refuse_non_model(path)
     wanted = dtype if dtype is not None else torch_dtype
-    extra: dict[str, Any] = {} if num_labels is None else {"num_labels": num_labels}
+    config = AutoConfig.from_pretrained(path, local_files_only=True)
+    if num_labels is not None:
+        config.num_labels = num_labels
+    extra = quantized.arguments(path, config, quant_settings(quantize, double_quant, quantization_config))
+    target = torch.device(device or default_device())
+    if extra and device_map is None and target.type != "cpu":
+        device_map = {"": target}  # each tensor is encoded on the card
     if device_map is not None:
         extra["device_map"] = device_map
-    model: Any = CLASSES[task].from_pretrained(
-        path, dtype="auto" if wanted is None else named_dtype(wanted), local_files_only=True, **extra
-    )
+    coded = "state_dict" in extra  # transformers takes a folder or tensors, and tensors only with the model's own class
+    loader: Any = MAPPINGS[task][type(config)] if coded else CLASSES[task]
+    try:
+        model: Any = loader.from_pretrained(
+            None if coded else path,
+            config=config,
+            dtype="auto" if wanted is None else named_dtype(wanted),
+            local_files_only=True,
+            **extra,
+        )
+    except RuntimeError:
+        if "quantization_config" in extra and extra["quantization_config"].refusal is not None:
+            raise extra["quantization_config"].refusal from None
+        raise
+    _forget_quantizer(model)
+    if coded and (path / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(path, local_files_only=True)
     model.name_or_path = str(name)  # what adapters record as their base: as the user named it
     if device_map is None:
-        model.to(device or default_device())
+        model.to(target)
     if wanted is None and next(model.parameters()).device.type == "cpu":
         compute_in_fp32(model)
     loaded: nn.Module = model.eval()
     return loaded
+
+
+def quant_settings(
+    quantize: str | QuantConfig | None, double_quant: bool = True, quantization_config: Any = None
+) -> QuantConfig | None:
+    """Return one meaning for the ways to ask for quantisation. Raises Unsupported for other configurations."""
+    if quantization_config is not None:
+        if not getattr(quantization_config, "load_in_4bit", False):
+            raise Unsupported(
+                "only 4-bit configurations of BitsAndBytesConfig are understood",
+                got=type(quantization_config).__name__,
+                fix='Use load_in_4bit=True, or quantize="nf4", "fp4" or "int8".',
+            )
+        return QuantConfig(
+            format=quantization_config.bnb_4bit_quant_type,
+            double_quant=quantization_config.bnb_4bit_use_double_quant,
+            skip=tuple(quantization_config.llm_int8_skip_modules or ()),
+        )
+    if isinstance(quantize, str):
+        return QuantConfig.model_validate({"format": quantize, "double_quant": double_quant})
+    return quantize
+
+
+def _forget_quantizer(model: Any) -> None:
+    """Leave a plain model: what is coded are layers like others, and decal writes them itself."""
+    if getattr(model, "hf_quantizer", None) is not None:
+        model.hf_quantizer = None
+        model.is_quantized = False
+        if hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config
 
 
 def load_tokenizer(name: str | os.PathLike[str], *, revision: str | None = None) -> Any:

@@ -16,8 +16,9 @@ from torch import Generator, Tensor, nn
 from decal.errors import AdapterError, DecalError, Unsupported
 from decal.files import hub, peft_files
 from decal.layers.adapted import Adapted
+from decal.layers.coded import uncounted
 from decal.layers.routing import Routing, Switch
-from decal.model import foreign, generate, merging, recompute, saved
+from decal.model import foreign, generate, merging, quantized, recompute, saved
 from decal.model.adapters import Adapters
 from decal.model.biases import TrainedBiases
 from decal.model.inject import Injection, Wrapper, check_choice, check_known, check_new, unwrap_empty
@@ -344,9 +345,10 @@ class PeftModel(nn.Module):
     # Counting and delegation.
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
-        """Return (trainable, all) parameters; a weight shared by two layers counts once."""
+        """Return (trainable, all) parameters; a weight shared by two layers counts once, codes as weights."""
         parameters = list(self.parameters())
-        return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
+        total = sum(p.numel() for p in parameters) + uncounted(self)
+        return sum(p.numel() for p in parameters if p.requires_grad), total
 
     def print_trainable_parameters(self) -> None:
         """Print PEFT's line of trainable and all parameters."""
@@ -387,7 +389,11 @@ def get_peft_model(
     *,
     generator: Generator | None = None,
 ) -> PeftModel:
-    """Freeze `model` and put a new adapter on it. Raises TargetError for targets that match nothing."""
+    """Freeze `model` and put a new adapter on it; layers that bitsandbytes holds in 4 bits become decal's, same bytes.
+
+    Raises TargetError for targets that match nothing.
+    """
+    quantized.adopt(model)
     return PeftModel(
         model,
         peft_config,

@@ -66,20 +66,28 @@ def merged_linear(x: Tensor, A: Tensor, B: Tensor, bias: Tensor | None, s: float
 
 
 class _Frozen(torch.autograd.Function):
-    """x Wᵀ for a frozen W that is stored in another dtype than x's: nothing but the input's gradient, nothing saved."""
+    """x Wᵀ + change for a frozen W that is stored in another form: formed again in backward, never saved."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, dense: Callable[[torch.dtype], Tensor]) -> Tensor:
+    def forward(ctx: Any, x: Tensor, dense: Callable[[torch.dtype], Tensor], change: Tensor | None) -> Tensor:
         ctx.dense = dense
-        return F.linear(x, dense(x.dtype))
+        ctx.change = None if change is None else change.dtype
+        with torch.autocast(x.device.type, enabled=False):
+            W = dense(x.dtype)
+            if change is None:
+                return F.linear(x, W)
+            # The product's sum starts from the change: added to a rounded 16-bit y, a small one would be lost.
+            y = torch.addmm(change.flatten(0, -2).to(x.dtype), x.flatten(0, -2), W.T)
+            return y.view(change.shape)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
-        return dy @ ctx.dense(dy.dtype), None
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
+        dx = dy @ ctx.dense(dy.dtype) if ctx.needs_input_grad[0] else None
+        return dx, None, None if ctx.change is None else dy.to(ctx.change)
 
 
-def frozen_linear(x: Tensor, dense: Callable[[torch.dtype], Tensor]) -> Tensor:
-    """Return x Wᵀ, (..., in) -> (..., out), where `dense(dtype)` gives W; the widened copy of W is not kept."""
-    out: Tensor = _Frozen.apply(x, dense)  # type: ignore[no-untyped-call]  # torch's Function is untyped
+def frozen_linear(x: Tensor, dense: Callable[[torch.dtype], Tensor], change: Tensor | None = None) -> Tensor:
+    """Return x Wᵀ + change, (..., in) -> (..., out), rounded once; `dense(dtype)` gives W, which is not kept."""
+    out: Tensor = _Frozen.apply(x, dense, change)  # type: ignore[no-untyped-call]  # torch's Function is untyped
     return out

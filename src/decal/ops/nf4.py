@@ -1,14 +1,15 @@
 """The 4-bit codec of QLoRA: NormalFloat (NF4) and FP4, blockwise, with double quantization of the scales.
 
-Each block of 64 weights is divided by its largest magnitude (absmax) and rounded to the nearest of 16 levels in [-1, 1];
-NF4's are quantiles of a normal distribution (Dettmers et al. 2023, QLoRA, section 3 and appendix E). Two codes share a
-byte, the even element in the high half. Double quantization stores the absmax in 8 bits (ops/dynamic8.py) around their
-mean: 4.5 bits per weight become 4.127.
+Each block of 64 weights is divided by its largest magnitude (absmax) and rounded to the nearest of 16 levels in
+[-1, 1]; NF4's are quantiles of a normal distribution (Dettmers et al. 2023, QLoRA, section 3 and appendix E). Two codes
+share a byte, the even element in the high half. Double quantization stores the absmax in 8 bits (ops/dynamic8.py)
+around their mean: 4.5 bits per weight become 4.127.
 
 Codes, scales and decoded values equal those of bitsandbytes 0.50's CPU build bit for bit: the level is found from
-x · (1/absmax), or x / absmax in a last partial block; ties go to the lower level; a last partial block of zeros has absmax
-1e-38; an odd tail is padded with the level of zero. Decoding multiplies in fp32 and rounds once to the wanted dtype. The
-mean of the scales is the one value whose last bit may depend on the device, as the order of its sum does.
+x · (1/absmax), or x / absmax in a last partial block; ties go to the lower level; a last partial block of zeros has
+absmax 1e-38; an odd tail is padded with the level of zero. Decoding multiplies in fp32 and rounds once to the wanted
+dtype. The mean of the scales is the one value whose last bit may depend on the device, as the order of its sum does.
+Subnormal values (below 1e-38) are kept, where bitsandbytes' AVX-512 code makes them zero.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ NF4 = (
 # A sign bit over 0, 1/16, 8, 12, 4, 6, 2, 3, in twelfths: bitsandbytes' FP4.
 FP4 = tuple(sign * twelfths / 12 for sign in (1, -1) for twelfths in (0, 0.0625, 8, 12, 4, 6, 2, 3))
 LEVELS: dict[str, tuple[float, ...]] = {"nf4": NF4, "fp4": FP4}
-# Codes from the lowest level to the highest; FP4 writes zero as code 0 (and a tiny positive value as code 8, minus zero).
+# Codes from the lowest level to the highest; FP4 writes zero as code 0, and a tiny positive value as 8, its other zero.
 ORDER: dict[str, tuple[int, ...]] = {
     "nf4": tuple(range(16)),
     "fp4": (11, 10, 13, 12, 15, 14, 9, 0, 8, 1, 6, 7, 4, 5, 2, 3),
@@ -60,8 +61,8 @@ def thresholds(kind: str, device: torch.device) -> Tensor:
 def quantize(x: Tensor, block: int = 64, kind: Kind = "nf4", *, name: str = "the tensor") -> tuple[Tensor, Tensor]:
     """Return the packed codes (ceil(n/2),) uint8 and the absmax (ceil(n/block),) fp32 of x, any shape of n elements.
 
-    Raises DecalError, naming the tensor `name`, for integers, for Inf or NaN, and for a block size that is not a power of
-    two from 32 to 4096.
+    Raises DecalError, naming the tensor `name`, for integers, for Inf or NaN, and for a block size that is not a power
+    of two from 32 to 4096.
     """
     _check_format(block, kind)
     if not x.is_floating_point():

@@ -1,4 +1,4 @@
-"""The 4-bit codec on a CPU: the loops of ops/nf4.py compiled by numba, on as many threads as torch uses, bit-equal to it.
+"""The 4-bit codec on a CPU: ops/nf4.py compiled by numba, on as many threads as torch uses, equal bit for bit.
 
 Compiled once for a machine and kept beside this file (or in numba's own cache folder).
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from decal.ops import nf4
 
 CHUNK = 1 << 20  # elements widened or rounded at a time where numpy has no such dtype; a multiple of every block size
 ALONE = 1 << 17  # elements below which one thread is enough
-COMPILED = {"nogil": True, "cache": True, "boundscheck": False, "error_model": "numpy"}
+COMPILED: dict[str, Any] = {"nogil": True, "cache": True, "boundscheck": False, "error_model": "numpy"}
 
 
 def quantize(flat: Tensor, block: int, kind: str) -> tuple[Tensor, Tensor]:
@@ -62,7 +63,7 @@ def _in_threads(work: Callable[..., None], arguments: tuple[Any, ...], blocks: i
         work(*arguments, 0, blocks)
         return
     edges = [blocks * i // threads for i in range(threads + 1)]
-    shares = [_pool(threads).submit(work, *arguments, *edge) for edge in zip(edges, edges[1:], strict=False)]
+    shares = [_pool(threads).submit(work, *arguments, *edge) for edge in pairwise(edges)]
     for share in shares:
         share.result()
 

@@ -136,7 +136,11 @@ def trainable_model(config: RunConfig, numbers: Precision) -> Any:
     # Full fine-tuning moves the weights themselves, so they are fp32; a frozen base stays as it is stored.
     wide = train.method == "full" or (numbers.name == "fp32" and device.type != "cpu")
     model: Any = load_model(
-        config.model, dtype=torch.float32 if wide else None, device=device, revision=config.revision
+        config.model,
+        dtype=torch.float32 if wide else None,
+        device=device,
+        revision=config.revision,
+        quantize=config.quantize,
     )
     if train.method == "lora":
         model = get_peft_model(model, config.lora, generator=torch.Generator().manual_seed(train.seed))

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from decal.data.ledger import Ledger
+from decal.layers.coded import uncounted
 from decal.rundir import RunDir
 from decal.spec import RunConfig
 from decal.training.precision import Precision
@@ -40,7 +41,8 @@ def facts(
 def count(model: nn.Module) -> tuple[int, int]:
     """Return (trainable, all) parameters; a weight used twice counts once."""
     parameters = list(model.parameters())
-    return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
+    total = sum(p.numel() for p in parameters) + uncounted(model)
+    return sum(p.numel() for p in parameters if p.requires_grad), total
 
 
 def outcome(run: RunDir, progress: Progress, *, kept: int, seconds: float) -> dict[str, Any]:

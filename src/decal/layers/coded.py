@@ -1,0 +1,135 @@
+"""Linear layers whose frozen weight is stored in codes of few bits: what all such formats share, and their Base.
+
+The state is plain bytes, two uint8 parameters: `weight` (the codes) and `scales`. Everything else is metadata on the
+module. So nothing that moves, shards or casts a model's floats can change them.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from decal.errors import Unsupported
+from decal.ops import merged, workspace
+
+FEW_ROWS = 32  # up to here a product may be formed without forming the weight
+
+
+class CodedLinear(nn.Module):
+    """A frozen linear layer in a coded format. `dtype` is what the weight was before, and what a dense copy has."""
+
+    weight: nn.Parameter
+    scales: nn.Parameter
+    transposed = False  # whether checkpoints hold W as (in, out): GPT-2's Conv1D
+
+    def __init__(
+        self, in_features: int, out_features: int, *, dtype: torch.dtype, bias: nn.Parameter | None = None
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.dtype = in_features, out_features, dtype
+        self.bias = bias
+
+    def reserve(self, codes: int, scales: int, device: torch.device | str) -> None:
+        """Make room for so many bytes."""
+        for name, size in (("weight", codes), ("scales", scales)):
+            empty = torch.empty(size, dtype=torch.uint8, device=device)
+            self.register_parameter(name, nn.Parameter(empty, requires_grad=False))
+
+    def encode(self, W: Tensor, name: str) -> tuple[Tensor, Tensor]:
+        """Return the bytes of codes and of scales for W (out, in). Raises DecalError naming the tensor."""
+        raise NotImplementedError
+
+    def decode(self, out: Tensor) -> Tensor:
+        """Write W into `out` (out, in) and return it."""
+        raise NotImplementedError
+
+    def decode_plus(self, A: Tensor, B: Tensor, s: float, out: Tensor) -> Tensor:
+        """Write W + s·B·A into `out` (out, in), rounded once, and return it."""
+        wide = out if out.dtype in (torch.float32, torch.float64) else torch.empty_like(out, dtype=torch.float32)
+        self.decode(wide).addmm_(B.to(wide.dtype), A.to(wide.dtype), alpha=s)
+        return out if wide is out else out.copy_(wide)
+
+    def multiply(self, x: Tensor) -> Tensor | None:
+        """Return x Wᵀ for a few rows (rows, in) without forming W, or None."""
+        return None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out)."""
+        y = CodedBase(self).matmul(x)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+
+class CodedBase:
+    """A view of a coded layer as a Base."""
+
+    on_output_grid = False
+    overwritten = False
+
+    def __init__(self, layer: CodedLinear) -> None:
+        self.layer = layer
+
+    @property
+    def in_features(self) -> int:
+        return self.layer.in_features
+
+    @property
+    def out_features(self) -> int:
+        return self.layer.out_features
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.layer.bias
+
+    @property
+    def device(self) -> torch.device:
+        return self.layer.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.layer.dtype
+
+    def matmul(self, x: Tensor) -> Tensor:
+        x = _as_computed(x)
+        if x.numel() <= FEW_ROWS * self.in_features and not (torch.is_grad_enabled() and x.requires_grad):
+            y = self.layer.multiply(x.reshape(-1, self.in_features))
+            if y is not None:
+                return y.view(*x.shape[:-1], self.out_features)
+        return merged.frozen_linear(x, self._in_buffer)
+
+    def matmul_plus(self, x: Tensor, change: Tensor) -> Tensor:
+        return merged.frozen_linear(_as_computed(x), self._in_buffer, change)
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        return self.layer.decode(torch.empty(self.out_features, self.in_features, dtype=dtype, device=self.device))
+
+    def dense_plus(self, A: Tensor, B: Tensor, s: float, dtype: torch.dtype) -> Tensor:
+        out = workspace.buffer((self.out_features, self.in_features), dtype, self.device)
+        return self.layer.decode_plus(A.detach(), B.detach(), s, out)
+
+    def holding(self, W: Tensor) -> nn.Module:
+        """Return a dense layer with W in the layer's former dtype: codes would round the change away unmeasured."""
+        dense = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
+        dense.weight = nn.Parameter(W.to(self.dtype), requires_grad=False)
+        dense.register_parameter("bias", self.layer.bias)
+        return dense
+
+    def restore(self, W: Tensor) -> None:
+        raise Unsupported("coded weights are never overwritten", fix="Keep the layer and put it back.")
+
+    def _in_buffer(self, dtype: torch.dtype) -> Tensor:
+        return self.layer.decode(workspace.buffer((self.out_features, self.in_features), dtype, self.device))
+
+
+def uncounted(model: nn.Module) -> int:
+    """Return how many parameters a model's codes stand for beyond the bytes that they are stored in."""
+    coded = [m for m in model.modules() if isinstance(m, CodedLinear)]
+    return sum(m.in_features * m.out_features - m.weight.numel() - m.scales.numel() for m in coded)
+
+
+def _as_computed(x: Tensor) -> Tensor:
+    """Return x in autocast's dtype, where it is on."""
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
