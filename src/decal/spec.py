@@ -336,6 +336,12 @@ class RunConfig(Settings):
 
     SECTIONS: ClassVar[tuple[str, ...]] = ("data", "lora", "train", "quantize")
 
+    @model_validator(mode="after")
+    def _only_adapters_stand_on_codes(self) -> RunConfig:
+        if self.quantize is not None and self.train.method == "full":
+            raise ValueError("full fine-tuning moves the weights, and codes cannot: leave quantize out")
+        return self
+
     def to_yaml(self) -> str:
         """Return the settings as YAML that `read_run_config` reads back to an equal value."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

@@ -12,6 +12,8 @@ import typer
 from decal.cli import console
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from decal.recipes.merge import Merged
 
 EXAMPLES = (
@@ -27,6 +29,15 @@ class Dtype(str, Enum):
     fp16 = "fp16"
 
 
+class Into(str, Enum):
+    """What the change is added to and how the sum is written."""
+
+    auto = "auto"
+    sixteen_bit = "16bit"
+    dequantized = "dequantized"
+    nf4 = "nf4"
+
+
 def merge(
     adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="Adapter or run folder, or hub id.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The new model's folder.")],
@@ -34,6 +45,15 @@ def merge(
         str | None, typer.Option("--base", "-m", help="Base model (default: the one that the adapter names).")
     ] = None,
     dtype: Annotated[Dtype | None, typer.Option(help="Of the merged weights (default: as the base is stored).")] = None,
+    into: Annotated[
+        Into, typer.Option(help="After a 4-bit training: what the change is added to (auto: what measures best).")
+    ] = Into.auto,
+    data: Annotated[
+        str | None, typer.Option("--data", "-d", help="Rows to measure on (default: four bundled prompts).")
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Write it even if it is nearer to the untouched base.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the measurements as JSON.")] = False,
 ) -> None:
     """Write base + adapter as one plain transformers model, read it back and measure it against base + adapter."""
@@ -44,7 +64,15 @@ def merge(
     with console.working("merging and measuring"):
         from decal.recipes import merge as recipe
 
-        merged = recipe.merge(adapter, out, base=base, dtype=None if dtype is None else dtype.value)
+        merged = recipe.merge(
+            adapter,
+            out,
+            base=base,
+            dtype=None if dtype is None else dtype.value,
+            into=into.value,
+            data=data,
+            force=force,
+        )
     if as_json:
         console.dump({**asdict(merged), "path": str(merged.path), "lossy": merged.lossy})
     else:
@@ -56,11 +84,25 @@ def merge(
         )
 
 
+def proof(merged: Merged) -> Table:
+    """Return the table of all ways that were measured."""
+    columns = ("into", "written in", "KL to trained", "KL to base", "perplexity", "same top-1", "survived")
+    table = console.plain_table(*columns, left=2)
+    for c in merged.candidates:
+        numbers = (f"{c.kl:.3g}", f"{c.base_kl:.3g}", f"{c.perplexity:.4g}", f"{c.same_top1:.1%}")
+        chosen = " (chosen)" if c.into == merged.into else ""
+        table.add_row(f"{c.into}{chosen}", c.dtype, *numbers, f"{c.rounding.survived:.1%}")
+    table.add_row("trained stack", "", "0", "", f"{merged.perplexity:.4g}", "100.0%", "")
+    return table
+
+
 def show(merged: Merged) -> None:
     """Print where the model lies and how close it is."""
     from decal.cli.watch import megabytes
 
     rounding, agreement = merged.rounding, merged.agreement
+    if len(merged.candidates) > 1:
+        console.show(proof(merged))
     lines = {
         "model": f"{merged.path} ({merged.dtype}, {megabytes(merged.bytes)})",
         "base": merged.base,

@@ -51,6 +51,9 @@ def train(
     max_length: Annotated[int | None, typer.Option(help="Tokens in one row (default: 1024).")] = None,
     eval_rows: Annotated[int | None, typer.Option(help="Rows held out to measure on (default: 0).")] = None,
     eval_data: Annotated[str | None, typer.Option(help="Rows to measure on, from elsewhere.")] = None,
+    quantize: Annotated[
+        str | None, typer.Option(help="Store the frozen base in 4 or 8 bits: nf4, fp4, int8 (default: as it is).")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Of everything random (default: 0).")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 (default: auto).")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint of this run.")] = False,
@@ -77,6 +80,7 @@ def train(
             "data.max_length": max_length,
             "data.eval_rows": eval_rows,
             "data.eval_path": eval_data,
+            "quantize": quantize,
             "train.seed": seed,
             "train.device": device,
         },

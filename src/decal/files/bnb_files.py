@@ -123,3 +123,18 @@ def parts_of(weight: str, codes: Tensor, stored: Stored) -> dict[str, Tensor]:
         parts[f"{weight}.absmax"] = stored.scales
     parts[f"{weight}{STATE}{stored.kind}"] = torch.tensor(list(json.dumps(facts).encode()), dtype=torch.uint8)
     return {name: tensor.detach().cpu().contiguous() for name, tensor in parts.items()}
+
+
+def config(kind: str, block: int, double_quant: bool, wide: list[str]) -> dict[str, Any]:
+    """Return the quantization_config of a checkpoint of this layout; `wide` are the linear layers left as they were."""
+    return {
+        "quant_method": "bitsandbytes",
+        "load_in_4bit": True,
+        "load_in_8bit": False,
+        "bnb_4bit_quant_type": kind,
+        "bnb_4bit_blocksize": block,
+        "bnb_4bit_use_double_quant": double_quant,
+        "bnb_4bit_compute_dtype": "float32",
+        "bnb_4bit_quant_storage": "uint8",
+        "llm_int8_skip_modules": wide,
+    }

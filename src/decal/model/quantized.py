@@ -6,11 +6,14 @@ tensor at a time is wide.
 
 from __future__ import annotations
 
+import json
 import math
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import save_torch_state_dict
 from torch import Tensor, nn
 from transformers.core_model_loading import ConversionOps
 from transformers.pytorch_utils import Conv1D
@@ -18,10 +21,11 @@ from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from decal import rundir
 from decal.errors import DecalError, Unsupported
 from decal.files import bnb_files
 from decal.files.bnb_files import Stored
-from decal.layers.coded import CodedLinear
+from decal.layers.coded import CodedBase, CodedLinear
 from decal.layers.int8_linear import Int8Linear
 from decal.layers.nf4_linear import NF4Linear, check_bytes, scale_bytes
 from decal.model.inject import place
@@ -226,6 +230,64 @@ def fill(layer: CodedLinear, codes: Tensor, scales: Tensor, name: str) -> None:
     check_bytes(layer, codes, scales, name)
     layer.weight = nn.Parameter(codes, requires_grad=False)
     layer.scales = nn.Parameter(scales.to(codes.device), requires_grad=False)
+
+
+def dense(model: nn.Module) -> nn.Module:
+    """Put plain layers in the place of the coded ones, in the dtype that each had before; return the model."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, CodedLinear):
+            base = CodedBase(module)
+            place(model, name, base.holding(base.dense(torch.float32)).train(module.training))
+    return model
+
+
+def encode(model: nn.Module, names: Collection[str], settings: QuantConfig) -> nn.Module:
+    """Put coded layers in the place of the linear layers `names`; return the model."""
+    for name in names:
+        module: Any = model.get_submodule(name)
+        layer = _coded(module, None, settings)
+        fill(layer, *layer.encode(module.weight.detach(), f"{name}.weight"), name)
+        place(model, name, layer.train(module.training))
+    return model
+
+
+def coded_and_back(W: Tensor, settings: QuantConfig) -> Tensor:
+    """Return W (out, in) as it is after coding, in fp32."""
+    plain = nn.Linear(W.shape[1], W.shape[0], bias=False, device="meta", dtype=torch.float32)
+    layer = _coded(plain, None, settings)
+    fill(layer, *layer.encode(W, "a merged weight"), "a merged weight")
+    return CodedBase(layer).dense(torch.float32)
+
+
+def write(model: Any, folder: Path) -> None:
+    """Write a model with 4-bit layers as transformers and bitsandbytes do. Raises Unsupported for other formats."""
+    tensors: dict[str, Tensor] = {}
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, CodedLinear)}
+    settings = next(iter(layers.values()), None)
+    if not isinstance(settings, NF4Linear) or not all(isinstance(layer, NF4Linear) for layer in layers.values()):
+        raise Unsupported("only NF4 and FP4 have a common file layout", fix="Quantise to nf4 or fp4.")
+    for key, tensor in model.state_dict().items():
+        name, _, part = key.rpartition(".")
+        layer = layers.get(name)
+        if not isinstance(layer, NF4Linear) or part == "bias":
+            tensors[key] = tensor
+        elif part == "weight":
+            stored = Stored(
+                kind=layer.kind,
+                block=layer.block,
+                shape=(layer.out_features, layer.in_features),
+                dtype=layer.dtype,
+                scales=layer.unpacked_scales(),
+            )
+            tensors |= bnb_files.parts_of(key, tensor, stored)
+    save_torch_state_dict(tensors, folder, metadata={"format": "pt"})
+    model.config.save_pretrained(folder)
+    wide = [name for name, m in model.named_modules() if type(m) in LINEAR]
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config["quantization_config"] = bnb_files.config(settings.kind, settings.block, settings.double_quant, wide)
+    rundir.write_json(folder / "config.json", config)
+    if model.can_generate():
+        model.generation_config.save_pretrained(folder)
 
 
 def bits_per_weight(model: nn.Module) -> float:

@@ -11,10 +11,11 @@ from decal import locate, rundir
 from decal.errors import AdapterError, DecalError
 from decal.evaluate.compare import Sampling, answers
 from decal.evaluate.prompts import Prompts
+from decal.files import peft_files, sealed
 from decal.layers.routing import BASE
 from decal.model.load import load_model, load_tokenizer
 from decal.model.wrapper import PeftModel
-from decal.spec import ADAPTER_CONFIG, PeftConfig
+from decal.spec import ADAPTER_CONFIG, PeftConfig, QuantConfig
 
 # What to fetch of an adapter's hub repository for its tokenizer; there may be gigabytes of checkpoints beside it.
 TOKENIZER_FILES = (
@@ -54,7 +55,7 @@ def load(model: str | None, adapters: Sequence[str], *, device: str | None = Non
     folders = [result_of(adapter, rundir.ADAPTER) for adapter in adapters]
     base = base_of(folders) if model is None else result_of(model, rundir.MODEL)
     try:
-        loaded: Any = load_model(base, device=device)
+        loaded: Any = load_model(base, device=device, quantize=quantize_of(folders))
     except DecalError as error:
         if model is not None or not folders:
             raise
@@ -79,6 +80,14 @@ def result_of(name: str, kind: str) -> str:
     """Return the adapter (or model) folder inside a run folder; any other name as it is."""
     inside = Path(name) / kind
     return str(inside) if (Path(name) / rundir.RUN).is_file() and inside.is_dir() else name
+
+
+def quantize_of(adapters: Sequence[str]) -> QuantConfig | None:
+    """Return the storage format of the base in which the first adapter was trained, if it says."""
+    if not adapters:
+        return None
+    patterns = [*peft_files.PATTERNS, sealed.SEAL]
+    return sealed.read_quantize(locate.folder(adapters[0], kind="adapter", patterns=patterns))
 
 
 def base_of(adapters: Sequence[str]) -> str:

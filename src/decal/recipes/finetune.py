@@ -21,6 +21,7 @@ from decal.data.ledger import Ledger
 from decal.data.prepare import Prepared
 from decal.errors import ConfigError
 from decal.evaluate.loss import evaluate
+from decal.files import sealed
 from decal.model.lean import lean
 from decal.model.load import load_model, load_tokenizer
 from decal.model.wrapper import get_peft_model
@@ -104,7 +105,7 @@ def finetune(
         kept = state.keep_best(run, progress, model)
         if kept != progress.step:
             report("note", step=progress.step, text=f"kept the weights of step {kept}: its evaluation was the best")
-        result = save(run.adapter if config.train.method == "lora" else run.model, model, tokenizer, data)
+        result = save(run.adapter if config.train.method == "lora" else run.model, model, tokenizer, data, config)
         report("end", step=progress.step, kept=kept, path=str(result))
     outcome = manifest.outcome(run, progress, kept=kept, seconds=time.perf_counter() - began)
     run.write_manifest({**facts, "outcome": outcome})
@@ -156,13 +157,15 @@ def trainable_model(config: RunConfig, numbers: Precision) -> Any:
     return model
 
 
-def save(folder: Path, model: Any, tokenizer: Any, data: Prepared) -> Path:
+def save(folder: Path, model: Any, tokenizer: Any, data: Prepared, config: RunConfig) -> Path:
     """Write the adapter (or model) with the tokenizer and chat template that it must be served with."""
     if data.template is not None:
         tokenizer.chat_template = data.template
     with rundir.new_folder(folder) as new:
         model.save_pretrained(new)
         tokenizer.save_pretrained(new)
+        if config.train.method == "lora":
+            sealed.write(new, quantize=config.quantize)
     return folder
 
 
