@@ -122,7 +122,7 @@ def parts_of(weight: str, codes: Tensor, stored: Stored) -> dict[str, Tensor]:
     else:
         parts[f"{weight}.absmax"] = stored.scales
     parts[f"{weight}{STATE}{stored.kind}"] = torch.tensor(list(json.dumps(facts).encode()), dtype=torch.uint8)
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in parts.items()}
+    return {name: tensor.detach().cpu().clone() for name, tensor in parts.items()}  # views of one storage
 
 
 def config(kind: str, block: int, double_quant: bool, wide: list[str]) -> dict[str, Any]:

@@ -51,6 +51,7 @@ def load_model(
     quantize: str | QuantConfig | None = None,
     double_quant: bool = True,
     quantization_config: Any = None,
+    observe: quantized.Observe | None = None,
 ) -> nn.Module:
     """Return the transformers model `name`, a folder or a hub id, in evaluation mode.
 
@@ -60,7 +61,7 @@ def load_model(
 
     `quantize` ("nf4", "fp4", "int8" or a QuantConfig) stores the linear layers in codes as the checkpoint streams in;
     transformers' BitsAndBytesConfig is understood as `quantization_config`. 4-bit checkpoints of bitsandbytes load as
-    they are, without bitsandbytes. Raises DecalError if there is no such model.
+    they are, without bitsandbytes. `observe` sees each weight and its codes as they are made. Raises DecalError if there is no such model.
     """
     if task not in CLASSES:
         raise DecalError(f"decal does not load models for {task}", fix="Use TaskType.CAUSAL_LM or SEQ_CLS.")
@@ -70,7 +71,7 @@ def load_model(
     config = AutoConfig.from_pretrained(path, local_files_only=True)
     if num_labels is not None:
         config.num_labels = num_labels
-    extra = quantized.arguments(path, config, quant_settings(quantize, double_quant, quantization_config))
+    extra = quantized.arguments(path, config, quant_settings(quantize, double_quant, quantization_config), observe)
     target = torch.device(device or default_device())
     if extra and device_map is None and target.type != "cpu":
         device_map = {"": target}  # each tensor is encoded on the card

@@ -6,9 +6,10 @@ tensor at a time is wide.
 
 from __future__ import annotations
 
+import copy
 import json
 import math
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from decal.ops import nf4
 from decal.spec import QuantConfig
 
 METHOD = "decal"
+Observe = Callable[[str, Tensor, CodedLinear], None]  # (name, W, its coded layer), for each weight as it is coded
 LINEAR = (nn.Linear, Conv1D)
 DENSE_SHARE = 0.05  # of the parameters outside embeddings and head that may stay wide unasked
 
@@ -41,10 +43,16 @@ DENSE_SHARE = 0.05  # of the parameters outside embeddings and head that may sta
 class Quantization(QuantizationConfigMixin):  # type: ignore[misc]  # transformers has no types
     """What transformers hands to `Quantizer`: the settings, or the stored state of each layer; what stayed wide."""
 
-    def __init__(self, settings: QuantConfig | None = None, stored: dict[str, Stored] | None = None) -> None:
+    def __init__(
+        self,
+        settings: QuantConfig | None = None,
+        stored: dict[str, Stored] | None = None,
+        observe: Observe | None = None,
+    ) -> None:
         self.quant_method = METHOD
         self.settings = settings
         self.stored = stored or {}
+        self.observe = observe
         self.kept: list[str] = []
         self.refusal: DecalError | None = None
 
@@ -92,7 +100,10 @@ class Encode(ConversionOps):  # type: ignore[misc]  # transformers has no types
                     codes, scales = weight.flatten().to(torch.uint8), scale_bytes(stored.scales)
                     check_bytes(layer, codes, scales, key)
                 else:
-                    codes, scales = layer.encode(weight.T if layer.transposed else weight, key)
+                    wide = weight.T if layer.transposed else weight
+                    codes, scales = layer.encode(wide, key)
+                    if self.config.observe is not None:
+                        self.config.observe(name, wide, fill(copy.deepcopy(layer), codes, scales, key))
             except DecalError as error:
                 self.config.refusal = error  # transformers would wrap it in a report of its own
                 raise
@@ -152,14 +163,14 @@ def _coded(module: Any, stored: Stored | None, settings: QuantConfig | None) -> 
     return layer
 
 
-def arguments(path: Path, config: Any, settings: QuantConfig | None) -> dict[str, Any]:
+def arguments(path: Path, config: Any, settings: QuantConfig | None, observe: Observe | None = None) -> dict[str, Any]:
     """Return what `from_pretrained` needs to load `path` quantised; {} where nothing is. Edits `config`.
 
     A checkpoint of 4-bit codes loads as what it is. Raises DecalError for other methods, and for quantising twice.
     """
     state = getattr(config, "quantization_config", None)
     if state is None:
-        return {} if settings is None else {"quantization_config": Quantization(settings)}
+        return {} if settings is None else {"quantization_config": Quantization(settings, observe=observe)}
     state = state if isinstance(state, dict) else state.to_dict()
     method = str(getattr(state.get("quant_method"), "value", state.get("quant_method")))
     if method != "bitsandbytes" or not (state.get("load_in_4bit") or state.get("_load_in_4bit")):
@@ -225,11 +236,12 @@ def prepare_model_for_kbit_training(
     return model
 
 
-def fill(layer: CodedLinear, codes: Tensor, scales: Tensor, name: str) -> None:
-    """Give a coded layer its bytes."""
+def fill(layer: CodedLinear, codes: Tensor, scales: Tensor, name: str) -> CodedLinear:
+    """Give a coded layer its bytes; return it."""
     check_bytes(layer, codes, scales, name)
     layer.weight = nn.Parameter(codes, requires_grad=False)
     layer.scales = nn.Parameter(scales.to(codes.device), requires_grad=False)
+    return layer
 
 
 def dense(model: nn.Module) -> nn.Module:

@@ -1,0 +1,147 @@
+"""Store a model's linear layers in 4 bits, in the layout that transformers and bitsandbytes read, and measure the loss."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from decal import rundir
+from decal.errors import ConfigError, DecalError, RunError
+from decal.layers.coded import CodedLinear
+from decal.layers.nf4_linear import NF4Linear
+from decal.model import quantized
+from decal.model.load import load_model, load_tokenizer
+from decal.ops import nf4
+from decal.report import quantization
+from decal.spec import QuantConfig
+
+REPORT, PICTURE = "quantization.json", "quantization.svg"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerError:
+    """What coding did to one weight. Errors are Frobenius norms of W - decoded, relative to those of W."""
+
+    name: str
+    weights: int
+    error: float
+    worst_block: float  # the largest relative error of one block
+    levels: tuple[float, ...]  # share of each of the 16 codes, from the lowest level to the highest; () for int8
+    gain: float  # squared error that one more byte removes if the layer stays at 8 bits, over all layers' mean
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quantized:
+    """What was written (path None: nothing) and measured. Bits are per weight of the coded layers."""
+
+    path: Path | None
+    format: str
+    bits: float
+    bits_single: float  # with fp32 scales
+    bits_double: float  # with doubly quantised scales
+    coded: int  # weights
+    wide: tuple[str, ...]  # modules that stayed as they were
+    bytes: int
+    layers: tuple[LayerError, ...]
+
+    @property
+    def error(self) -> float:
+        """Relative Frobenius error over all coded weights, each layer by its size."""
+        total = sum(layer.weights for layer in self.layers)
+        return float(sum(layer.error**2 * layer.weights for layer in self.layers) / total) ** 0.5
+
+
+def quantize(model: str, out: Path | None, settings: QuantConfig, *, report: bool = False) -> Quantized:
+    """Read `model` tensor by tensor, write it to the folder `out` (None: only measure), and return the measurements.
+
+    With `report` a table (JSON) and a picture (SVG) lie beside the model. Raises RunError if `out` is in use, and
+    DecalError for what has no common file layout.
+    """
+    if out is not None and (out.is_file() or (out.is_dir() and any(out.iterdir()))):
+        raise RunError("the output folder is not empty", got=out, fix="Choose another.")
+    if out is not None and settings.format == "int8":
+        raise ConfigError(
+            "int8 by rows has no common file layout", fix="Use nf4 or fp4, or train with --quantize int8."
+        )
+    found: list[tuple[str, int, float, float, float, tuple[float, ...]]] = []
+
+    def observe(name: str, W: Tensor, layer: CodedLinear) -> None:
+        found.append((name, *errors(W, layer)))
+
+    loaded: Any = load_model(model, device="cpu", dtype="auto", quantize=settings, observe=observe)
+    if not found:
+        raise DecalError("nothing was quantised", got=model, fix="Give a checkpoint in 16 or 32 bits.")
+    wide = tuple(name for name, module in loaded.named_modules() if type(module) in quantized.LINEAR)
+    if out is not None:
+        tokenizer = load_tokenizer(model)
+        with rundir.new_folder(out) as new:
+            quantized.write(loaded, new)
+            tokenizer.save_pretrained(new)
+    result = Quantized(
+        path=out,
+        format=settings.format,
+        bits=quantized.bits_per_weight(loaded),
+        bits_single=_bits(loaded, settings, double_quant=False),
+        bits_double=_bits(loaded, settings, double_quant=True),
+        coded=sum(size for _, size, *_ in found),
+        wide=wide,
+        bytes=sum(p.numel() * p.element_size() for p in loaded.parameters()),
+        layers=_with_gain(found),
+    )
+    if out is not None and report:
+        rundir.write_json(out / REPORT, quantization.facts(result))
+        rundir.write_bytes(out / PICTURE, quantization.picture(result).encode())
+    return result
+
+
+def errors(W: Tensor, layer: CodedLinear) -> tuple[int, float, float, float, tuple[float, ...]]:
+    """Return (weights, squared error, relative error, worst block's, share of each code) of one coded weight."""
+    wide = W.detach().float()
+    off = wide - layer.decode(torch.empty_like(wide))
+    block = layer.block if isinstance(layer, NF4Linear) else layer.in_features
+    full = wide.numel() // block * block
+    blocks, lost = wide.flatten()[:full].view(-1, block), off.flatten()[:full].view(-1, block)
+    norms = blocks.norm(dim=1)
+    worst = float((lost.norm(dim=1) / norms)[norms > 0].max()) if bool((norms > 0).any()) else 0.0
+    squared, total = float(off.double().square().sum()), float(wide.double().square().sum())
+    return wide.numel(), squared, (squared / total) ** 0.5 if total else 0.0, worst, _levels(layer)
+
+
+def _levels(layer: CodedLinear) -> tuple[float, ...]:
+    if not isinstance(layer, NF4Linear):
+        return ()
+    codes = layer.weight.detach()
+    counts = torch.bincount(torch.cat((codes >> 4, codes & 15)).int(), minlength=16).double()
+    return tuple((counts / counts.sum())[list(nf4.ORDER[layer.kind])].tolist())
+
+
+def _with_gain(found: list[tuple[str, int, float, float, float, tuple[float, ...]]]) -> tuple[LayerError, ...]:
+    """An 8-bit copy takes about as many more bytes for each weight of any layer: compare squared error per weight."""
+    mean = sum(squared for _, _, squared, *_ in found) / sum(size for _, size, *_ in found)
+    return tuple(
+        LayerError(
+            name=name,
+            weights=size,
+            error=error,
+            worst_block=worst,
+            levels=levels,
+            gain=squared / size / mean if mean else 0.0,
+        )
+        for name, size, squared, error, worst, levels in found
+    )
+
+
+def _bits(model: Any, settings: QuantConfig, *, double_quant: bool) -> float:
+    layers = [m for m in model.modules() if isinstance(m, CodedLinear)]
+    if settings.format == "int8":
+        return quantized.bits_per_weight(model)
+    sizes = [(m.out_features, m.in_features) for m in layers]
+    bits = [
+        nf4.bits_per_weight(shape, block=settings.block, double_quant=double_quant) * shape[0] * shape[1]
+        for shape in sizes
+    ]
+    return sum(bits) / sum(a * b for a, b in sizes)
