@@ -13,7 +13,11 @@ from decal.cli import console
 if TYPE_CHECKING:
     from decal.recipes.quantize import Quantized
 
-EXAMPLES = "Examples:\n\ndecal quantize Qwen/Qwen3-0.6B qwen-nf4 --report\n\ndecal quantize Qwen/Qwen3-0.6B --format fp4 --report"
+EXAMPLES = (
+    "Examples:\n\n"
+    "decal quantize Qwen/Qwen3-0.6B qwen-nf4 --report\n\n"
+    "decal quantize Qwen/Qwen3-0.6B --format fp4 --report"
+)
 SHOWN = 12
 
 

@@ -61,7 +61,8 @@ def load_model(
 
     `quantize` ("nf4", "fp4", "int8" or a QuantConfig) stores the linear layers in codes as the checkpoint streams in;
     transformers' BitsAndBytesConfig is understood as `quantization_config`. 4-bit checkpoints of bitsandbytes load as
-    they are, without bitsandbytes. `observe` sees each weight and its codes as they are made. Raises DecalError if there is no such model.
+    they are, without bitsandbytes. `observe` sees each weight and its codes as they are made. Raises DecalError if
+    there is no such model, Unsupported for what cannot be quantised.
     """
     if task not in CLASSES:
         raise DecalError(f"decal does not load models for {task}", fix="Use TaskType.CAUSAL_LM or SEQ_CLS.")

@@ -1,7 +1,8 @@
-"""Store a model's linear layers in 4 bits, in the layout that transformers and bitsandbytes read, and measure the loss."""
+"""Store a model's linear layers in 4 bits, as transformers and bitsandbytes read them, and measure the loss."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,7 @@ class Quantized:
     def error(self) -> float:
         """Relative Frobenius error over all coded weights, each layer by its size."""
         total = sum(layer.weights for layer in self.layers)
-        return float(sum(layer.error**2 * layer.weights for layer in self.layers) / total) ** 0.5
+        return math.sqrt(sum(layer.error**2 * layer.weights for layer in self.layers) / total)
 
 
 def quantize(model: str, out: Path | None, settings: QuantConfig, *, report: bool = False) -> Quantized:
