@@ -10,8 +10,10 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from decal.layers.catalog import ADAPTERS, EMBEDDING_ADAPTERS, FORMATS
+from decal.layers.coded import CodedLinear
 from decal.layers.embedding import EmbeddingBase, EmbeddingLoRA
 from decal.layers.lora import LoRA
+from decal.model import quantized
 from decal.spec import LoraConfig
 
 IN, OUT = 12, 20
@@ -22,8 +24,16 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
+def filled(layer: CodedLinear) -> CodedLinear:
+    """Return the layer with a random weight in its codes."""
+    return quantized.fill(layer, *layer.encode(torch.randn(OUT, IN), "W"), "W")
+
+
 def layer_of(kind: type[nn.Module]) -> nn.Module:
     """Return a random layer of the class `kind`, IN to OUT."""
+    if issubclass(kind, CodedLinear):
+        coded: Any = kind
+        return filled(coded(IN, OUT, dtype=torch.float64, bias=nn.Parameter(torch.randn(OUT).double())))
     layer = kind(OUT, IN) if issubclass(kind, Conv1D) else kind(IN, OUT)
     for p in layer.parameters():
         nn.init.normal_(p)
