@@ -278,7 +278,10 @@ def write(model: Any, folder: Path) -> None:
     settings = next(iter(layers.values()), None)
     if not isinstance(settings, NF4Linear) or not all(isinstance(layer, NF4Linear) for layer in layers.values()):
         raise Unsupported("only NF4 and FP4 have a common file layout", fix="Quantise to nf4 or fp4.")
+    tied = set(model.all_tied_weights_keys)  # the file holds a shared weight under its source's name alone
     for key, tensor in model.state_dict().items():
+        if key in tied:
+            continue
         name, _, part = key.rpartition(".")
         layer = layers.get(name)
         if not isinstance(layer, NF4Linear) or part == "bias":
@@ -292,6 +295,7 @@ def write(model: Any, folder: Path) -> None:
                 scales=layer.unpacked_scales(),
             )
             tensors |= bnb_files.parts_of(key, tensor, stored)
+    folder.mkdir(parents=True, exist_ok=True)
     save_torch_state_dict(tensors, folder, metadata={"format": "pt"})
     model.config.save_pretrained(folder)
     wide = [name for name, m in model.named_modules() if type(m) in LINEAR]
