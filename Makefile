@@ -39,7 +39,7 @@ $(VENV)/installed: pyproject.toml $(PINS) | $(VENV)/torch
 	@touch $@
 
 $(VENV)/installed-dev: $(VENV)/installed
-	@echo "Installing what the tests and checks need (about 150 MB)"
+	@echo "Installing what the tests and checks need (about 400 MB)"
 	@$(PIP) install -q $(PINNED) -e ".[dev]"
 	@touch $@
 

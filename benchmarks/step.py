@@ -1,4 +1,5 @@
-"""One training step of a SmolLM2-135M-shaped model on the CPU: decal beside PEFT + transformers.
+"""One training step of a SmolLM2-135M-shaped model on the CPU: decal beside PEFT + transformers,
+on weights stored in fp32, bf16 and NF4.
 
 4 x 512 tokens, LoRA r=16 on all linear layers, AdamW, fp32, random weights (speed and memory do not depend on them).
 Each system runs in a process of its own, in turn, `--rounds` times; the table gives the best step of all rounds and
@@ -28,7 +29,7 @@ SHAPE = {
     "tie_word_embeddings": True,
     "max_position_embeddings": 8192,
 }
-SYSTEMS = ("peft", "decal", "decal-bf16")
+SYSTEMS = ("peft", "decal", "decal-bf16", "decal-nf4")
 STEPS = 3
 
 
@@ -39,7 +40,7 @@ def measure(system: str, steps: int) -> dict[str, float]:
     torch.manual_seed(0)
     times, losses = [], []
     with ExitStack() as stack:
-        step = _peft_step() if system == "peft" else _decal_step(stack, bf16=system == "decal-bf16")
+        step = _peft_step() if system == "peft" else _decal_step(stack, stored=system.partition("-")[2] or "fp32")
         for _ in range(steps + 1):
             began = time.perf_counter()
             losses.append(step())
@@ -80,22 +81,27 @@ def _peft_step() -> Any:
     return step
 
 
-def _decal_step(stack: ExitStack, *, bf16: bool) -> Any:
+def _decal_step(stack: ExitStack, *, stored: str) -> Any:
     import torch
 
     from decal import LoraConfig, get_peft_model
     from decal.data.batch import Batch
-    from decal.model import load
+    from decal.model import load, quantized
     from decal.model.lean import lean
-    from decal.spec import TrainConfig
+    from decal.spec import QuantConfig, TrainConfig
     from decal.training import optim
     from decal.training.losses import SFT
     from decal.training.precision import Precision
     from decal.training.step import take_step
 
-    base = _model(torch.bfloat16 if bf16 else torch.float32)
-    if bf16:
+    base = _model(torch.bfloat16 if stored == "bf16" else torch.float32)
+    if stored == "bf16":
         load.compute_in_fp32(base)
+    elif stored == "nf4":
+        linears = [name for name, m in base.named_modules() if type(m) is torch.nn.Linear and name != "lm_head"]
+        quantized.encode(base, linears, QuantConfig())
+        share = quantized.bits_per_weight(base) / 16
+        print(f"weights of the quantised linears: {share:.3f}x of bf16", file=sys.stderr)
     model = get_peft_model(base, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")).train()
     stack.enter_context(lean(model))
     config = TrainConfig()

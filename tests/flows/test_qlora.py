@@ -1,4 +1,4 @@
-"""A 4-bit run from settings to merged model: it learns, resumes, and is merged the way that measures best, or refused."""
+"""A 4-bit run from settings to merged model: it learns, resumes, and is merged as measures best, or refused."""
 
 from __future__ import annotations
 

@@ -91,8 +91,8 @@ def _decode(packed: Any, absmax: Any, table: Any, out: Any, block: int, first: i
 def _encode(
     x: Any, bits: Any, t: Any, order: Any, packed: Any, absmax: Any, absmax_bits: Any, block: int, first: int, last: int
 ) -> None:
-    n, zero, tiny = len(x), order[7], np.float32(1e-38)
-    codes = np.empty(4096, np.uint8)
+    n, tiny, rising = len(x), np.float32(1e-38), order[0] == 0  # NF4's codes rise with its levels, FP4's do not
+    codes = np.empty(4096, np.uint8)  # of the largest block
     t0, t1, t2, t3, t4, t5, t6, t7 = t[0], t[1], t[2], t[3], t[4], t[5], t[6], t[7]
     t8, t9, t10, t11, t12, t13, t14 = t[8], t[9], t[10], t[11], t[12], t[13], t[14]
     for b in range(first, last):
@@ -106,14 +106,19 @@ def _encode(
             absmax[b] = max(absmax[b], tiny)
         scale = np.float32(1) / max(absmax[b], tiny)
         for i in range(start, stop):
-            v = x[i] * scale if whole else x[i] / absmax[b]
+            v = x[i] * scale
+            if not whole:
+                v = x[i] / absmax[b]
             codes[i - start] = (
                 np.uint8(v > t0) + np.uint8(v > t1) + np.uint8(v > t2) + np.uint8(v > t3) + np.uint8(v > t4)
                 + np.uint8(v > t5) + np.uint8(v > t6) + np.uint8(v > t7) + np.uint8(v > t8) + np.uint8(v > t9)
                 + np.uint8(v > t10) + np.uint8(v > t11) + np.uint8(v > t12) + np.uint8(v > t13) + np.uint8(v > t14)
             )  # fmt: skip
         half = start // 2
-        for i in range((stop - start) // 2):
-            packed[half + i] = (order[codes[2 * i]] << 4) | order[codes[2 * i + 1]]
         if (stop - start) % 2:
-            packed[half + (stop - start) // 2] = (order[codes[stop - start - 1]] << 4) | zero
+            codes[stop - start] = 7  # the level of zero
+        if not rising:
+            for i in range((stop - start + 1) // 2 * 2):
+                codes[i] = order[codes[i]]
+        for i in range((stop - start + 1) // 2):
+            packed[half + i] = (codes[2 * i] << 4) | codes[2 * i + 1]
