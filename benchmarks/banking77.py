@@ -1,9 +1,9 @@
-"""LoRA beside full fine-tuning on a real task: route a customer's message to one of 77 intents (banking77).
+"""LoRA and QLoRA beside full fine-tuning on a real task: route a customer's message to one of 77 intents (banking77).
 
-Both methods run through `decal.train`, from the same script, over the same grid of learning rates; the rate is chosen
-on 1000 training messages held out, then three seeds train on all of them and are scored on the test set by free greedy
+All run through `decal.train`, from the same script, over the same grid of learning rates; the rate is chosen on 1000
+training messages held out, then three seeds train on all of them and are scored on the test set by free greedy
 generation (the whole reply must be the intent). Beside them TF-IDF + logistic regression. Also measured: what training
-made the model forget (perplexity on WikiText-2) and, with --dolly, the loss on an instruction set before and after.
+made the model forget (perplexity on WikiText-2), and the loss on an instruction set before and after.
 
     python benchmarks/banking77.py tune  --model MODEL --data FOLDER --out OUT
     python benchmarks/banking77.py final --model MODEL --data FOLDER --out OUT
@@ -26,14 +26,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-RATES = (1e-4, 3e-4, 1e-3, 3e-3)
+RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
 SEEDS = (0, 1, 2)
 HELD_OUT = 1000
-METHODS = {  # method, target_modules
-    "full": ("full", None),
-    "lora all-linear": ("lora", "all-linear"),
-    "lora attention": ("lora", "attention"),
+METHODS = {  # method, target_modules, quantize
+    "full": ("full", None, None),
+    "lora all-linear": ("lora", "all-linear", None),
+    "qlora all-linear": ("lora", "all-linear", "nf4"),
+    "lora attention": ("lora", "attention", None),
 }
+TUNED = ("full", "lora all-linear", "qlora all-linear")
 
 
 def rows(file: Path) -> list[dict[str, Any]]:
@@ -59,7 +61,7 @@ def one(args: argparse.Namespace) -> dict[str, Any]:
     from decal.evaluate.tasks import exact_match, questions
 
     logging.disable_progress_bar()
-    method, targets = METHODS[args.method]
+    method, targets, quantize = METHODS[args.method]
     everything = rows(args.data / "banking77.train.jsonl.gz")
     random.Random(0).shuffle(everything)
     tuning = args.job == "tune"
@@ -78,6 +80,8 @@ def one(args: argparse.Namespace) -> dict[str, Any]:
     ]
     if targets:
         overrides.append(f"lora.target_modules={targets}")
+    if quantize:
+        overrides.append(f"quantize={quantize}")
     began = time.perf_counter()
     trained = api.train(
         model=str(args.model),
@@ -90,7 +94,7 @@ def one(args: argparse.Namespace) -> dict[str, Any]:
     if method == "full":
         model = decal.load_model(trained.result)
     else:
-        model = decal.PeftModel.from_pretrained(decal.load_model(args.model), trained.result)
+        model = decal.PeftModel.from_pretrained(decal.load_model(args.model, quantize=quantize), trained.result)
     sample = [{"prompt": r["text"], "completion": r["label"]} for r in asked]
     score = exact_match(model, tokenizer, questions(sample), batch_size=256)
     result = {
@@ -167,7 +171,7 @@ def dolly(args: argparse.Namespace) -> dict[str, Any]:
     """Loss on 640 held-out rows of dolly_short before and after one method's training on the rest."""
     from decal import api
 
-    method, targets = METHODS[args.method]
+    method, targets, _ = METHODS[args.method]
     folder = args.out / f"dolly-{args.method.replace(' ', '-')}"
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "dolly.jsonl"
@@ -270,7 +274,7 @@ def main() -> None:
     elif args.stage in ("one", "base", "dolly"):
         print(json.dumps({"one": one, "base": base, "dolly": dolly}[args.stage](args)))
     elif args.stage == "tune":
-        grid = [(m, r) for m in ("full", "lora all-linear") for r in RATES]
+        grid = [(m, r) for m in TUNED for r in RATES]
         run_jobs(args, [["base"], *(["one", "--job", "tune", "--method", m, "--rate", str(r)] for m, r in grid)])
     else:
         rates = {m: str(best_rate(args, m)) for m in METHODS}

@@ -1,7 +1,8 @@
 """The 4-bit codec on a CUDA card: decal's kernels beside cuBLAS, a bf16 copy and (where installed) bitsandbytes.
 
 One weight of 14336 x 4096, NF4, blocks of 64, doubly quantised, bf16. Four weights in turn, so that codes come from the
-card's memory and not from its cache; CUDA graphs, median of several replays. TB/s counts bytes read and written once.
+card's memory and not from its cache; CUDA graphs, median of several replays (bitsandbytes' quantise, which cannot be
+captured, without one). TB/s counts bytes read and written once.
 
     python benchmarks/nf4_gpu.py
 """
@@ -22,29 +23,37 @@ COUNT = OUT * IN
 SINGLE, NESTED = COUNT / 2 + COUNT / 16, COUNT / 2 + COUNT / 64 * (1 + 4 / 256)  # bytes of codes and scales
 
 
-def microseconds(work: Callable[[int], object]) -> float:
+def microseconds(work: Callable[[int], object], *, captured: bool = True) -> float:
     """Median time of work(i), i = 0 .. WEIGHTS - 1 in turn."""
-    for i in range(WEIGHTS):
-        work(i)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+
+    def all_of_it() -> None:
         for i in range(WEIGHTS):
             work(i)
+
+    all_of_it()
+    torch.cuda.synchronize()
+    run = all_of_it
+    if captured:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            all_of_it()
+        run = graph.replay
     times = []
     for _ in range(REPLAYS + 3):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
-        graph.replay()
+        run()
         end.record()
         torch.cuda.synchronize()
         times.append(start.elapsed_time(end) * 1000 / WEIGHTS)
     return statistics.median(times[3:])
 
 
-def line(name: str, work: Callable[[int], object], moved: float, base: float | None = None) -> float:
+def line(
+    name: str, work: Callable[[int], object], moved: float, base: float | None = None, *, captured: bool = True
+) -> float:
     """Print a row of the table; return the time. `base` is what the last column divides by."""
-    time = microseconds(work)
+    time = microseconds(work, captured=captured)
     ratio = "" if base is None else f"{time / base:8.2f}x"
     print(f"{name:<40} {time:8.1f} us {moved / time / 1e6:6.2f} TB/s {ratio}")
     return time
@@ -91,12 +100,14 @@ def main() -> None:
 def bitsandbytes(dense: list[Tensor], out: list[Tensor], base: float) -> None:
     """The same of bitsandbytes."""
     import bitsandbytes.functional as bnb
+    from bitsandbytes import matmul_4bit as bnb_matmul
 
     stored = [bnb.quantize_4bit(w, blocksize=64, quant_type="nf4", compress_statistics=True) for w in dense]
     line(
         "bitsandbytes, quantise",
         lambda i: bnb.quantize_4bit(dense[i], blocksize=64, quant_type="nf4"),
         2 * COUNT + SINGLE,
+        captured=False,
     )
     line(
         "bitsandbytes, decode, nested scales",
@@ -104,6 +115,13 @@ def bitsandbytes(dense: list[Tensor], out: list[Tensor], base: float) -> None:
         2 * COUNT + NESTED,
         base,
     )
+    for rows in (1, 8, 32):
+        x = torch.randn(rows, IN, device="cuda").bfloat16()
+        line(
+            f"bitsandbytes, multiply, {rows} rows",
+            lambda i, x=x: bnb_matmul(x, stored[i][0].t(), quant_state=stored[i][1]),
+            NESTED,
+        )
 
 
 if __name__ == "__main__":

@@ -129,7 +129,10 @@ def replace(model: Any, config: Quantization) -> None:
         skipped = any(part in name.split(".") or name == part for part in skip)
         wanted = name in config.stored if config.stored else type(module) in LINEAR and not skipped
         if wanted:
-            place(model, name, _coded(module, config.stored.get(name), settings))
+            layer = _coded(module, config.stored.get(name), settings)
+            # transformers 5.17 casts what it reads to this dtype before it is encoded.
+            layer.weight = nn.Parameter(layer.weight.to(module.weight.dtype), requires_grad=False)
+            place(model, name, layer)
         else:
             kept[name] = sum(p.numel() for p in own)
     coded = sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, CodedLinear))
