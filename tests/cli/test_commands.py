@@ -112,12 +112,18 @@ def test_merge_writes_a_model_that_answers_alike(decal: Decal, run: Path, tmp_pa
     assert said.code == 2
 
 
-def test_merge_warns_when_rounding_eats_the_update(decal: Decal, rows: Path, tmp_path: Path) -> None:
+def test_a_merge_whose_rounding_eats_the_update_is_refused_or_warned_of(
+    decal: Decal, rows: Path, tmp_path: Path
+) -> None:
     base = save_model(tmp_path / "base", dtype=torch.bfloat16)
     run = tmp_path / "run"
     words = ["train", "--model", base, "--data", rows, "--output", run, "--steps", 2, "--lr", 1e-5, "--device", "cpu"]
     decal.fine(*words, "--max-length", 64)
-    said = decal.fine("merge", run, "--out", tmp_path / "merged", "--json")
+    refused = decal("merge", run, "--out", tmp_path / "merged")
+    assert refused.code == 2
+    assert "of the update is lost in bfloat16" in refused.err
+    assert "--into 16bit --dtype fp32 keeps 100%" in refused.err
+    said = decal.fine("merge", run, "--out", tmp_path / "merged", "--force", "--json")
     facts = json.loads(said.out)
     assert facts["dtype"] == "bfloat16"
     assert facts["rounding"]["survived"] < 0.9

@@ -260,4 +260,4 @@ def test_a_damaged_seal_is_refused(tmp_path: Path) -> None:
 
     (tmp_path / sealed.SEAL).write_text("{")
     with pytest.raises(AdapterError, match="seal is damaged"):
-        sealed.read_quantize(tmp_path)
+        sealed.read(tmp_path)

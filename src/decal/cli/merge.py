@@ -90,7 +90,7 @@ def proof(merged: Merged) -> Table:
     table = console.plain_table(*columns, left=2)
     for c in merged.candidates:
         numbers = (f"{c.kl:.3g}", f"{c.base_kl:.3g}", f"{c.perplexity:.4g}", f"{c.same_top1:.1%}")
-        chosen = " (chosen)" if c.into == merged.into else ""
+        chosen = " (chosen)" if (c.into, c.dtype) == (merged.into, merged.dtype) else ""
         table.add_row(f"{c.into}{chosen}", c.dtype, *numbers, f"{c.rounding.survived:.1%}")
     table.add_row("trained stack", "", "0", "", f"{merged.perplexity:.4g}", "100.0%", "")
     return table

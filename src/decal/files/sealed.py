@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 from decal import rundir
@@ -13,19 +14,32 @@ SEAL = "decal.json"
 VERSION = 1
 
 
-def write(folder: Path, *, quantize: QuantConfig | None) -> None:
-    """Write the seal: {"version": 1, "quantize": the base's storage format in training, null for as it is}."""
-    settings = None if quantize is None else quantize.model_dump(mode="json")
-    rundir.write_json(folder / SEAL, {"version": VERSION, "quantize": settings})
+@dataclass(frozen=True, kw_only=True)
+class Seal:
+    """The base's storage format in training (None: as it is), and its checkpoint's fingerprint (None: unknown)."""
+
+    quantize: QuantConfig | None
+    base_fingerprint: str | None
 
 
-def read_quantize(folder: Path) -> QuantConfig | None:
-    """Return the storage format that the adapter's base had in training; None without a seal, or for as it is."""
+UNSEALED = Seal(quantize=None, base_fingerprint=None)
+
+
+def write(folder: Path, seal: Seal) -> None:
+    """Write the seal: {"version": 1, "quantize": settings or null, "base_fingerprint": SHA-256 or null}."""
+    settings = None if seal.quantize is None else seal.quantize.model_dump(mode="json")
+    facts = {"version": VERSION, "quantize": settings, "base_fingerprint": seal.base_fingerprint}
+    rundir.write_json(folder / SEAL, facts)
+
+
+def read(folder: Path) -> Seal:
+    """Return an adapter's seal; UNSEALED for one without. Raises AdapterError for a damaged one."""
     file = folder / SEAL
     if not file.is_file():
-        return None
+        return UNSEALED
     try:
-        settings = json.loads(file.read_text(encoding="utf-8"))["quantize"]
+        facts = json.loads(file.read_text(encoding="utf-8"))
+        settings, base = facts["quantize"], facts["base_fingerprint"]
     except (ValueError, KeyError, TypeError):
         raise AdapterError("the adapter's seal is damaged", got=file, fix="Copy the adapter again.") from None
-    return None if settings is None else QuantConfig.model_validate(settings)
+    return Seal(quantize=None if settings is None else QuantConfig.model_validate(settings), base_fingerprint=base)

@@ -100,15 +100,21 @@ class Adapted(nn.Module):
     @torch.no_grad()
     def merge(self, names: Sequence[str]) -> None:
         """Write W + the sum of the changes of `names` into the base layer, rounded once; keeps W for `unmerge`."""
-        present = [self.adapters[name] for name in names if name in self.adapters and self.adapters[name].owns_weight]
-        if not present:
+        change = self.change(names)
+        if change is None:
             return
-        dtype = torch.float64 if self.base.dtype == torch.float64 else torch.float32
-        change = sum(adapter.delta_weight(self.base).to(dtype) for adapter in present)
-        W = self.base.dense(dtype)
+        W = self.base.dense(change.dtype)
         kept = self.base.dense(self.base.dtype).clone() if self.base.overwritten else None
         self._original = Original(self.base_layer, self.base, kept)
         self._stand_on(self.base.holding(W + change))
+
+    @torch.no_grad()
+    def change(self, names: Sequence[str]) -> Tensor | None:
+        """Return what the adapters `names` add to the weight together, (out, in) in fp32 or wider; None for nothing."""
+        present = [self.adapters[name] for name in names if name in self.adapters and self.adapters[name].owns_weight]
+        dtype = torch.float64 if self.base.dtype == torch.float64 else torch.float32
+        parts = [adapter.delta_weight(self.base).to(dtype) for adapter in present]
+        return sum(parts[1:], start=parts[0]) if parts else None
 
     @torch.no_grad()
     def unmerge(self) -> None:

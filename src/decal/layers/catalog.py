@@ -16,6 +16,7 @@ from decal.layers.int8_linear import Int8Linear
 from decal.layers.lora import LinearLoRA, LoRA, ResidualLoRA
 from decal.layers.nf4_linear import NF4Linear
 from decal.layers.seams import Base
+from decal.layers.streamed import StreamedLinear
 from decal.spec import LoraConfig
 
 FORMATS: dict[type[nn.Module], Callable[[Any], Base]] = {
@@ -25,6 +26,7 @@ FORMATS: dict[type[nn.Module], Callable[[Any], Base]] = {
     WideConv1D: Conv1DBase,
     NF4Linear: CodedBase,
     Int8Linear: CodedBase,
+    StreamedLinear: CodedBase,
 }
 ADAPTERS: dict[str, type[LoRA]] = {"lora": LinearLoRA, "residual": ResidualLoRA, "dora": DoRA}
 EMBEDDING_ADAPTERS: dict[str, type[LoRA]] = {"lora": EmbeddingLoRA, "dora": EmbeddingDoRA}

@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from decal import locate
 from decal.errors import DecalError, Unsupported
 from decal.layers.dense import SIXTEEN_BIT, WideConv1D, WideEmbedding, WideLinear
-from decal.model import quantized
+from decal.model import quantized, streamed
 from decal.model.inject import place
 from decal.spec import QuantConfig, TaskType
 
@@ -52,6 +52,7 @@ def load_model(
     double_quant: bool = True,
     quantization_config: Any = None,
     observe: quantized.Observe | None = None,
+    stream: bool = False,
 ) -> nn.Module:
     """Return the transformers model `name`, a folder or a hub id, in evaluation mode.
 
@@ -61,8 +62,9 @@ def load_model(
 
     `quantize` ("nf4", "fp4", "int8" or a QuantConfig) stores the linear layers in codes as the checkpoint streams in;
     transformers' BitsAndBytesConfig is understood as `quantization_config`. 4-bit checkpoints of bitsandbytes load as
-    they are, without bitsandbytes. `observe` sees each weight and its codes as they are made. Raises DecalError if
-    there is no such model, Unsupported for what cannot be quantised.
+    they are, without bitsandbytes. `observe` sees each weight and its codes as they are made. `stream` leaves the
+    weights of linear layers in their files, from where each is read whenever it is needed: for one pass through a model
+    that is larger than memory. Raises DecalError if there is no such model, Unsupported for what cannot be quantised.
     """
     if task not in CLASSES:
         raise DecalError(f"decal does not load models for {task}", fix="Use TaskType.CAUSAL_LM or SEQ_CLS.")
@@ -72,7 +74,9 @@ def load_model(
     config = AutoConfig.from_pretrained(path, local_files_only=True)
     if num_labels is not None:
         config.num_labels = num_labels
-    extra = quantized.arguments(path, config, quant_settings(quantize, double_quant, quantization_config), observe)
+    settings = quant_settings(quantize, double_quant, quantization_config)
+    in_files = streamed.weights(path, _empty(CLASSES[task], config)) if stream else None
+    extra = quantized.arguments(path, config, settings, observe, in_files)
     target = torch.device(device or default_device())
     if extra and device_map is None and target.type != "cpu":
         device_map = {"": target}  # each tensor is encoded on the card
@@ -152,8 +156,13 @@ def meta_model(name: str | os.PathLike[str], *, revision: str | None = None) -> 
     """Return the causal model of a configuration without any weights, on the meta device; only it is downloaded."""
     path = locate.folder(name, kind="model", revision=revision, patterns=["config.json", "generation_config.json"])
     _refuse_non_model(path)
+    return _empty(AutoModelForCausalLM, AutoConfig.from_pretrained(path, local_files_only=True))
+
+
+def _empty(auto: Any, config: Any) -> nn.Module:
+    """Return a configuration's model without values, on the meta device."""
     with torch.device("meta"):
-        model: nn.Module = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path, local_files_only=True))
+        model: nn.Module = auto.from_config(config)
     model.tie_weights()  # type: ignore[operator]  # transformers' method
     return model
 

@@ -9,12 +9,12 @@ from __future__ import annotations
 import copy
 import json
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import save_torch_state_dict
 from torch import Tensor, nn
 from transformers.core_model_loading import ConversionOps
 from transformers.pytorch_utils import Conv1D
@@ -26,10 +26,14 @@ from decal import rundir
 from decal.errors import DecalError, Unsupported
 from decal.files import bnb_files
 from decal.files.bnb_files import Stored
+from decal.files.checkpoint import SHARD, Writer
 from decal.layers.coded import CodedBase, CodedLinear
 from decal.layers.int8_linear import Int8Linear
 from decal.layers.nf4_linear import NF4Linear, check_bytes, scale_bytes
+from decal.layers.streamed import StreamedLinear
+from decal.model import streamed
 from decal.model.inject import place
+from decal.model.streamed import Weight
 from decal.ops import nf4
 from decal.spec import QuantConfig
 
@@ -41,18 +45,23 @@ DENSE_SHARE = 0.05  # of the parameters outside embeddings and head that may sta
 
 @register_quantization_config(METHOD)
 class Quantization(QuantizationConfigMixin):  # type: ignore[misc]  # transformers has no types
-    """What transformers hands to `Quantizer`: the settings, or the stored state of each layer; what stayed wide."""
+    """What transformers hands to `Quantizer`: the settings, or the stored state of each layer; the weights that stay
+
+    in their files; what stayed wide.
+    """
 
     def __init__(
         self,
         settings: QuantConfig | None = None,
         stored: dict[str, Stored] | None = None,
         observe: Observe | None = None,
+        streamed: dict[str, Weight] | None = None,
     ) -> None:
         self.quant_method = METHOD
         self.settings = settings
         self.stored = stored or {}
         self.observe = observe
+        self.streamed = streamed or {}
         self.kept: list[str] = []
         self.refusal: DecalError | None = None
 
@@ -124,11 +133,15 @@ def replace(model: Any, config: Quantization) -> None:
     kept: dict[str, int] = {}
     for name, module in list(model.named_modules()):
         own = [p for p in module.parameters(recurse=False) if p.dim() > 1]
-        if not own or id(module) in heads or isinstance(module, nn.Embedding):
+        head = id(module) in heads
+        if not own or isinstance(module, nn.Embedding) or (head and name not in config.streamed):
             continue
-        skipped = any(part in name.split(".") or name == part for part in skip)
-        wanted = name in config.stored if config.stored else type(module) in LINEAR and not skipped
-        if wanted:
+        skipped = head or any(part in name.split(".") or name == part for part in skip)
+        wanted = name in config.stored or (settings is not None and type(module) in LINEAR and not skipped)
+        if name in config.streamed:
+            form = partial(_coded, module, None, settings) if wanted else None
+            place(model, name, streamed.layer_of(config.streamed[name], module, form))
+        elif wanted:
             layer = _coded(module, config.stored.get(name), settings)
             # transformers 5.17 casts what it reads to this dtype before it is encoded.
             layer.weight = nn.Parameter(layer.weight.to(module.weight.dtype), requires_grad=False)
@@ -166,13 +179,22 @@ def _coded(module: Any, stored: Stored | None, settings: QuantConfig | None) -> 
     return layer
 
 
-def arguments(path: Path, config: Any, settings: QuantConfig | None, observe: Observe | None = None) -> dict[str, Any]:
-    """Return what `from_pretrained` needs to load `path` quantised; {} where nothing is. Edits `config`.
+def arguments(
+    path: Path,
+    config: Any,
+    settings: QuantConfig | None,
+    observe: Observe | None = None,
+    in_files: dict[str, Weight] | None = None,
+) -> dict[str, Any]:
+    """Return what `from_pretrained` needs to load `path` quantised or streamed; {} where nothing is. Edits `config`.
 
     A checkpoint of 4-bit codes loads as what it is. Raises DecalError for other methods, and for quantising twice.
     """
     state = getattr(config, "quantization_config", None)
     if state is None:
+        if in_files:
+            asked = Quantization(settings, observe=observe, streamed=in_files)
+            return {"quantization_config": asked, "state_dict": streamed.resident(path, in_files)}
         return {} if settings is None else {"quantization_config": Quantization(settings, observe=observe)}
     state = state if isinstance(state, dict) else state.to_dict()
     method = str(getattr(state.get("quant_method"), "value", state.get("quant_method")))
@@ -256,57 +278,50 @@ def dense(model: nn.Module) -> nn.Module:
     return model
 
 
-def encode(model: nn.Module, names: Collection[str], settings: QuantConfig) -> nn.Module:
-    """Put coded layers in the place of the linear layers `names`; return the model."""
-    for name in names:
-        module: Any = model.get_submodule(name)
-        layer = _coded(module, None, settings)
-        fill(layer, *layer.encode(module.weight.detach(), f"{name}.weight"), name)
-        place(model, name, layer.train(module.training))
-    return model
-
-
-def coded_and_back(W: Tensor, settings: QuantConfig) -> Tensor:
-    """Return W (out, in) as it is after coding, in fp32."""
-    plain = nn.Linear(W.shape[1], W.shape[0], bias=False, device="meta", dtype=torch.float32)
-    layer = _coded(plain, None, settings)
-    fill(layer, *layer.encode(W, "a merged weight"), "a merged weight")
-    return CodedBase(layer).dense(torch.float32)
-
-
 def write(model: Any, folder: Path) -> None:
-    """Write a model with 4-bit layers as transformers and bitsandbytes do. Raises Unsupported for other formats."""
-    tensors: dict[str, Tensor] = {}
+    """Write a plain model as transformers does, its 4-bit layers as transformers and bitsandbytes do.
+
+    Raises Unsupported for formats without a common layout. No more than one file of 2 GiB, one weight and what is not
+    a linear layer are held.
+    """
     layers = {name: m for name, m in model.named_modules() if isinstance(m, CodedLinear)}
-    settings = next(iter(layers.values()), None)
-    if not isinstance(settings, NF4Linear) or not all(isinstance(layer, NF4Linear) for layer in layers.values()):
+    forms = {name: m for name, m in layers.items() if not isinstance(m, StreamedLinear) or m.form is not None}
+    bytes_of = {f"{name}.{part}" for name in layers for part in ("weight", "scales")}
+    rest = {key: tensor for key, tensor in model.state_dict().items() if key not in bytes_of}
+    model.save_pretrained(folder, state_dict=rest, max_shard_size=SHARD)
+    found: CodedLinear | None = None
+    with Writer(folder) as writer:
+        for name, layer in layers.items():
+            found = layer.coded() if isinstance(layer, StreamedLinear) else layer
+            writer.add(dense_tensors(name, layer) if found is None else coded_tensors(name, found))
+    if forms:
+        assert isinstance(found, NF4Linear)
+        wide = [
+            name for name, m in model.named_modules() if type(m) in LINEAR or (name in layers and name not in forms)
+        ]
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config["quantization_config"] = bnb_files.config(found.kind, found.block, found.double_quant, wide)
+        rundir.write_json(folder / "config.json", config)
+
+
+def dense_tensors(name: str, layer: CodedLinear) -> dict[str, Tensor]:
+    """Return a coded layer's weight as a plain layer stores it, in the layer's dtype."""
+    W = CodedBase(layer).dense(layer.dtype)
+    return {f"{name}.weight": W.T.contiguous() if layer.transposed else W}
+
+
+def coded_tensors(name: str, layer: CodedLinear) -> dict[str, Tensor]:
+    """Return the tensors of a 4-bit layer in bitsandbytes' layout. Raises Unsupported for another format."""
+    if not isinstance(layer, NF4Linear):
         raise Unsupported("only NF4 and FP4 have a common file layout", fix="Quantise to nf4 or fp4.")
-    tied = set(model.all_tied_weights_keys)  # the file holds a shared weight under its source's name alone
-    for key, tensor in model.state_dict().items():
-        if key in tied:
-            continue
-        name, _, part = key.rpartition(".")
-        layer = layers.get(name)
-        if not isinstance(layer, NF4Linear) or part == "bias":
-            tensors[key] = tensor
-        elif part == "weight":
-            stored = Stored(
-                kind=layer.kind,
-                block=layer.block,
-                shape=(layer.out_features, layer.in_features),
-                dtype=layer.dtype,
-                scales=layer.unpacked_scales(),
-            )
-            tensors |= bnb_files.parts_of(key, tensor, stored)
-    folder.mkdir(parents=True, exist_ok=True)
-    save_torch_state_dict(tensors, folder, metadata={"format": "pt"})
-    model.config.save_pretrained(folder)
-    wide = [name for name, m in model.named_modules() if type(m) in LINEAR]
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    config["quantization_config"] = bnb_files.config(settings.kind, settings.block, settings.double_quant, wide)
-    rundir.write_json(folder / "config.json", config)
-    if model.can_generate():
-        model.generation_config.save_pretrained(folder)
+    stored = Stored(
+        kind=layer.kind,
+        block=layer.block,
+        shape=(layer.out_features, layer.in_features),
+        dtype=layer.dtype,
+        scales=layer.unpacked_scales(),
+    )
+    return bnb_files.parts_of(f"{name}.weight", layer.weight, stored)
 
 
 def bits_per_weight(model: nn.Module) -> float:

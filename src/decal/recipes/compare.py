@@ -15,7 +15,7 @@ from decal.files import peft_files, sealed
 from decal.layers.routing import BASE
 from decal.model.load import load_model, load_tokenizer
 from decal.model.wrapper import PeftModel
-from decal.spec import ADAPTER_CONFIG, PeftConfig, QuantConfig
+from decal.spec import ADAPTER_CONFIG, PeftConfig
 
 # What to fetch of an adapter's hub repository for its tokenizer; there may be gigabytes of checkpoints beside it.
 TOKENIZER_FILES = (
@@ -55,7 +55,7 @@ def load(model: str | None, adapters: Sequence[str], *, device: str | None = Non
     folders = [result_of(adapter, rundir.ADAPTER) for adapter in adapters]
     base = base_of(folders) if model is None else result_of(model, rundir.MODEL)
     try:
-        loaded: Any = load_model(base, device=device, quantize=quantize_of(folders))
+        loaded: Any = load_model(base, device=device, quantize=seal_of(folders).quantize)
     except DecalError as error:
         if model is not None or not folders:
             raise
@@ -82,12 +82,12 @@ def result_of(name: str, kind: str) -> str:
     return str(inside) if (Path(name) / rundir.RUN).is_file() and inside.is_dir() else name
 
 
-def quantize_of(adapters: Sequence[str]) -> QuantConfig | None:
-    """Return the storage format of the base in which the first adapter was trained, if it says."""
+def seal_of(adapters: Sequence[str]) -> sealed.Seal:
+    """Return what the first adapter says of the base that it was trained on."""
     if not adapters:
-        return None
+        return sealed.UNSEALED
     patterns = [*peft_files.PATTERNS, sealed.SEAL]
-    return sealed.read_quantize(locate.folder(adapters[0], kind="adapter", patterns=patterns))
+    return sealed.read(locate.folder(adapters[0], kind="adapter", patterns=patterns))
 
 
 def base_of(adapters: Sequence[str]) -> str:

@@ -1,11 +1,12 @@
-"""Merge an adapter into its base, write a plain model, and measure what the rounding cost."""
+"""Merge an adapter into its base, write a plain model, and measure what that cost.
+
+Linear weights are read, summed, measured and written one at a time, so a model larger than memory can be merged.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from functools import partial
-from itertools import islice
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,14 +14,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from decal import rundir
+from decal import locate, rundir
 from decal.data import prepare
 from decal.data.mask import Sample
-from decal.errors import ConfigError, RunError
+from decal.errors import AdapterError, ConfigError, RunError
 from decal.evaluate.prompts import Prompts
-from decal.layers.adapted import Adapted
+from decal.files import checkpoint, sealed
 from decal.layers.coded import CodedLinear
-from decal.model import quantized, targets
+from decal.layers.int8_linear import Int8Linear
+from decal.layers.streamed import StreamedLinear
+from decal.model import quantized, summed
 from decal.model.load import compute_in_fp32, load_model, named_dtype
 from decal.model.wrapper import PeftModel
 from decal.recipes import compare
@@ -32,7 +35,11 @@ PROMPTS = (
     "Explain in one sentence why the sky is blue.",
     "My order has not arrived yet. What should I do?",
 )
-PROOF_ROWS, PROOF_LENGTH = 32, 256  # of the user's data
+PROOF_TOKENS, PROOF_LENGTH = 512, 128  # in all, and of one row: a large model passes them in a minute on a CPU
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+CODED = "nf4"  # the way that codes again, whichever 4-bit format it is
+SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+CHUNK = 256  # rows of a weight, or of logits, that are widened at a time
 LOST = 0.9  # below this surviving share of the update people should not trust the merged model unasked
 
 
@@ -57,10 +64,10 @@ class Agreement:
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """One way to write the merged model, measured in memory against what was trained, on the same rows."""
+    """One way to write the merged model, measured against what was trained, on the same rows."""
 
     into: str  # 16bit: the original weights + the change; dequantized: the decoded codes + it; nf4: those, coded again
-    dtype: str
+    dtype: str  # what the weights are written in
     rounding: Rounding
     kl: float  # mean over tokens, nats: trained stack against merged
     base_kl: float  # the untouched base against merged
@@ -102,8 +109,18 @@ class Stack:
     adapter: str
 
     def load(self, dtype: torch.dtype | None = None) -> PeftModel:
-        model = load_model(self.base, dtype=dtype, device="cpu", quantize=self.quantize)
+        """Load it with its linear weights left in their files."""
+        model = load_model(self.base, dtype=dtype, device="cpu", quantize=self.quantize, stream=True)
         return PeftModel.from_pretrained(model, self.adapter).eval()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Proof:
+    """The rows to compare on, and the logits (tokens, V) fp32 of what was trained and of its untouched base."""
+
+    rows: list[Tensor]
+    trained: Tensor
+    untouched: Tensor
 
 
 def merge(
@@ -119,45 +136,49 @@ def merge(
 ) -> Merged:
     """Write base + adapter as a plain transformers model in the folder `out`, the way that measures best.
 
-    An adapter that was trained on a 4-bit base learnt to correct that base: the sum with the 16-bit original is another
-    model. Each way is measured on rows of `data` (or on `prompts`) against the trained stack, and the one with the
-    smallest KL is written; `into` other than "auto" names one. `dtype` None keeps the base's stored dtype. Each weight
-    is rounded once. Raises RunError if `out` is in use, or if the result is nearer to the untouched base than to what
-    was trained (unless `force`).
+    An adapter that was trained on a 4-bit base learnt to correct that base: the sum with the 16-bit original is
+    another model. Each way, in each dtype, is measured on rows of `data` (or on `prompts`) against the trained stack.
+    Written is the one with the smallest KL among those in the base's stored dtype and the coded one; `into` and `dtype`
+    narrow what is measured and chosen from. Each weight is rounded once. Raises RunError if `out` is in use, or if the
+    result is nearer to the untouched base than to what was trained; AdapterError if the base is not the one that the
+    adapter was trained on (unless `force`).
     """
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
         raise RunError("the output folder is not empty", got=out, fix="Choose another --out.")
     folder = compare.result_of(adapter, rundir.ADAPTER)
     base = base or compare.base_of([folder])
-    stack = Stack(base=base, quantize=compare.quantize_of([folder]), adapter=folder)
-    ways = ways_for(stack, into)
-    stored = main_dtype(load_model(base, dtype="auto", device="cpu"))
+    seal = compare.seal_of([folder])
+    if not force:
+        refuse_other_base(base, seal)
+    stack = Stack(base=base, quantize=seal.quantize, adapter=folder)
+    tokenizer = compare.tokenizer_of(folder, base)
+    asked = Prompts(tokenizer)
+    tuned = stack.load()
+    stored = main_dtype(tuned)
     wanted = stored if dtype is None else named_dtype(dtype)
     if not isinstance(wanted, torch.dtype):
         raise ConfigError("unknown dtype", got=dtype, fix="Use fp32, bf16 or fp16.")
-
-    tokenizer = compare.tokenizer_of(folder, base)
-    asked = Prompts(tokenizer)
-    rows = proof_rows(tokenizer, asked, data, prompts)
-    tuned = stack.load()
-    trained = logits_of(tuned, rows)
-    with tuned.disable_adapter():
-        untouched = logits_of(tuned, rows)
+    ways = ways_for(tuned, stack, into)
+    proof = prove(tuned, proof_rows(tokenizer, asked, data, prompts))
     del tuned
-    candidates = [measure(stack, way, wanted, stored, rows, trained, untouched) for way in ways]
-    best = min(candidates, key=lambda c: c.kl)
+
+    dtypes = dict.fromkeys([wanted, *(DTYPES if dtype is None else ())])
+    candidates = [
+        measure(stack, way, each, stored, proof) for way in ways for each in (dtypes if way != CODED else [None])
+    ]
+    best = min((c for c in candidates if c.into == CODED or c.dtype == short(wanted)), key=lambda c: c.kl)
     if best.lost and not force:
-        raise RunError(
-            f"the merged model would be nearer to the untouched base (KL {best.base_kl:.3g}) than to what was trained "
-            f"(KL {best.kl:.3g}): {1 - best.rounding.survived:.0%} of the update is lost in {best.dtype}",
-            got=f"the best of {', '.join(c.into for c in candidates)}",
-            fix="Merge with --dtype fp32, or serve the adapter beside its base. --force writes it regardless.",
-        )
-    plain, _ = summed(stack, best.into, wanted, stored)
+        refuse_lost(best, candidates)
+    plain = load_summed(stack, best.into, None if best.into == CODED else wanted, stored, None)
     stop_at(plain, asked.stop_ids)
-    with rundir.new_folder(out) as new:
-        quantized.write(plain, new) if best.into == "nf4" else plain.save_pretrained(new)
-        tokenizer.save_pretrained(new)
+    try:
+        with rundir.new_folder(out) as new:
+            quantized.write(plain, new)
+            tokenizer.save_pretrained(new)
+    except OSError as error:
+        raise RunError(
+            f"the merged model could not be written ({error})", got=out, fix="Make room; nothing was left behind."
+        ) from error
     del plain
 
     return Merged(
@@ -167,18 +188,50 @@ def merge(
         dtype=best.dtype,
         bytes=sum(file.stat().st_size for file in out.glob("*.safetensors")),
         rounding=best.rounding,
-        agreement=agreement_of(out, rows, trained, untouched),
+        agreement=agreement_of(out, proof),
         candidates=tuple(candidates),
-        perplexity=perplexity(trained, rows),
+        perplexity=perplexity(proof.trained, proof.rows),
     )
 
 
-def ways_for(stack: Stack, into: str) -> list[str]:
+def refuse_other_base(base: str, seal: sealed.Seal) -> None:
+    """Raise AdapterError if `base` holds other weights than those that the adapter was trained on."""
+    known = seal.base_fingerprint
+    if known is None:
+        return
+    found = checkpoint.fingerprint(locate.folder(base, kind="model"))
+    if found != known:
+        raise AdapterError(
+            "the adapter was trained on another base, or on another quantisation of it",
+            got=f"{base} with weights {str(found)[:12]}, where the adapter was trained on {known[:12]}",
+            fix="Give the model that it was trained on with --base. --force merges regardless.",
+        )
+
+
+def refuse_lost(best: Candidate, candidates: Sequence[Candidate]) -> None:
+    """Raise RunError for a merge that erases what was trained; name a way that does not, if one was measured."""
+    kept = [c for c in candidates if not c.lost]
+    other = min(kept, key=lambda c: c.kl) if kept else None
+    way = f"--into {other.into} --dtype {SHORT[other.dtype]}" if other is not None else "--dtype fp32"
+    keeps = f" keeps {other.rounding.survived:.0%} of it" if other is not None else ""
+    raise RunError(
+        f"the merged model would be nearer to the untouched base (KL {best.base_kl:.3g}) than to what was trained "
+        f"(KL {best.kl:.3g}): {1 - best.rounding.survived:.0%} of the update is lost in {best.dtype}",
+        got=f"the best of {', '.join(dict.fromkeys(f'{c.into} in {c.dtype}' for c in candidates))}",
+        fix=f"Merge with {way}{keeps}, or serve the adapter beside its base. --force writes it regardless.",
+    )
+
+
+def ways_for(tuned: PeftModel, stack: Stack, into: str) -> list[str]:
     """Return the ways to measure. Raises ConfigError for one that the adapter's base does not have."""
-    coded = stack.quantize is not None
-    known = ["16bit", "dequantized", "nf4"] if coded else ["16bit"]
-    if coded and stack.quantize is not None and stack.quantize.format == "int8":
-        known.remove("nf4")
+    layers = [m for m in tuned.modules() if isinstance(m, CodedLinear)]
+    coded = [m for m in layers if not isinstance(m, StreamedLinear) or m.form is not None]
+    known = [] if coded and stack.quantize is None else ["16bit"]  # a checkpoint of codes has no original
+    if coded:
+        known.append("dequantized")
+    four_bit = stack.quantize is None or stack.quantize.format != "int8"
+    if coded and four_bit and not any(isinstance(m, Int8Linear) for m in coded):
+        known.append(CODED)
     if into == "auto":
         return known
     if into not in known:
@@ -190,106 +243,112 @@ def ways_for(stack: Stack, into: str) -> list[str]:
     return [into]
 
 
-@torch.no_grad()
-def summed(stack: Stack, way: str, wanted: torch.dtype, stored: torch.dtype) -> tuple[Any, Rounding]:
-    """Return the merged plain model, each weight rounded once, and what the rounding did to the update."""
-    if way == "16bit":
-        wide = stored if wanted == stored else torch.float32  # add in fp32, so that what is rounded is the sum
-        model = Stack(base=stack.base, quantize=None, adapter=stack.adapter).load(wide)
-        rounding = measure_rounding(model, lambda W: W.to(wanted).float())
-        return model.merge_and_unload().to(wanted), rounding
-    assert stack.quantize is not None
-    model = stack.load(torch.float32)
-    names = [
-        name for name, m in targets.modules(model.get_base_model()) if isinstance(targets.original(m), CodedLinear)
-    ]
-    if way == "dequantized":
-        rounding = measure_rounding(model, lambda W: W.to(wanted).float())
-        return quantized.dense(model.merge_and_unload()).to(wanted), rounding
-    settings = stack.quantize
-    again = partial(quantized.coded_and_back, settings=settings)
-    rounding = measure_rounding(model, again)
-    return quantized.encode(quantized.dense(model.merge_and_unload()), names, settings), rounding
+def load_summed(stack: Stack, way: str, dtype: torch.dtype | None, stored: torch.dtype, tally: Tally | None) -> Any:
+    """Return the merged plain model of one way, each weight rounded once to `dtype` (None: coded again)."""
+    source = Stack(base=stack.base, quantize=None, adapter=stack.adapter) if way == "16bit" else stack
+    # What is not streamed is summed in the dtype that it is loaded in: wide, unless it is written as it is stored.
+    wide = stored if dtype in (stored, None) else torch.float32
+    return summed.merged(source.load(wide), dtype=dtype, observe=None if tally is None else tally.add)
 
 
-def measure(
-    stack: Stack,
-    way: str,
-    wanted: torch.dtype,
-    stored: torch.dtype,
-    rows: Sequence[Tensor],
-    trained: Tensor,
-    untouched: Tensor,
-) -> Candidate:
+def measure(stack: Stack, way: str, dtype: torch.dtype | None, stored: torch.dtype, proof: Proof) -> Candidate:
     """Make the merged model of one way and compare its logits, computed in fp32."""
-    plain, rounding = summed(stack, way, wanted, stored)
+    tally = Tally()
+    plain = load_summed(stack, way, dtype, stored, tally)
     compute_in_fp32(plain)
-    merged = logits_of(plain, rows)
+    merged = logits_of(plain, proof.rows)
+    coded = stack.quantize.format if stack.quantize is not None else CODED
     return Candidate(
         into=way,
-        dtype=str(stack.quantize.format if way == "nf4" and stack.quantize else wanted).removeprefix("torch."),
-        rounding=rounding,
-        kl=mean_kl(trained, merged),
-        base_kl=mean_kl(untouched, merged),
-        perplexity=perplexity(merged, rows),
-        same_top1=float((trained.argmax(-1) == merged.argmax(-1)).float().mean()),
+        dtype=coded if dtype is None else short(dtype),
+        rounding=tally.rounding(),
+        kl=mean_kl(proof.trained, merged),
+        base_kl=mean_kl(proof.untouched, merged),
+        perplexity=perplexity(merged, proof.rows),
+        same_top1=float((proof.trained.argmax(-1) == merged.argmax(-1)).float().mean()),
     )
 
 
 def proof_rows(tokenizer: Any, asked: Prompts, data: str | None, prompts: Sequence[str]) -> list[Tensor]:
-    """Return the token ids (1, T) to compare on: up to PROOF_ROWS of the user's own rows, else the prompts."""
+    """Return the token ids (T,) to compare on: up to PROOF_TOKENS of the user's own rows, else of the prompts."""
     if data is None:
         texts = [asked.question(prompt) for prompt in prompts]
-        return [torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"]]) for text in texts]
-    config = DataConfig(path=data, max_length=PROOF_LENGTH, packing=False)
-    prepared = prepare.prepare(config, tokenizer, seed=0)
-    samples = cast(Iterable[Sample], prepared.train)  # not streamed
-    return [torch.tensor([sample.ids]) for sample in islice(samples, PROOF_ROWS)]
+        rows = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    else:
+        config = DataConfig(path=data, max_length=PROOF_LENGTH, packing=False)
+        samples = cast(Iterable[Sample], prepare.prepare(config, tokenizer, seed=0).train)  # not streamed
+        rows = [sample.ids for sample in samples]
+    kept: list[Tensor] = []
+    left = PROOF_TOKENS
+    for ids in rows:
+        part = ids[: min(PROOF_LENGTH, left)]
+        if len(part) > 1:
+            kept.append(torch.tensor(part))
+            left -= len(part)
+    return kept
+
+
+def prove(tuned: PeftModel, rows: list[Tensor]) -> Proof:
+    """Return what merged models are compared with."""
+    trained = logits_of(tuned, rows)
+    with tuned.disable_adapter():
+        return Proof(rows=rows, trained=trained, untouched=logits_of(tuned, rows))
 
 
 @torch.no_grad()
 def logits_of(model: nn.Module, rows: Sequence[Tensor]) -> Tensor:
-    """Return the logits of all rows, (tokens, V) fp32."""
-    return torch.cat([model(input_ids=ids).logits[0].float() for ids in rows])
+    """Return the logits of all rows, (tokens, V) fp32, from one pass: each weight is needed once."""
+    ids = nn.utils.rnn.pad_sequence(list(rows), batch_first=True)  # on the right: no causal model sees it from a token
+    mask = nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+    logits: Tensor = model(input_ids=ids, attention_mask=mask).logits
+    return logits[mask.bool()].float()
 
 
 def perplexity(logits: Tensor, rows: Sequence[Tensor]) -> float:
     """Return exp of the mean cross entropy of each next token."""
     losses = [
-        F.cross_entropy(part[:-1].double(), ids[0, 1:], reduction="none")
-        for part, ids in zip(torch.split(logits, [ids.shape[1] for ids in rows]), rows, strict=True)
+        F.cross_entropy(part[:-1].double(), ids[1:], reduction="none")
+        for part, ids in zip(torch.split(logits, [len(ids) for ids in rows]), rows, strict=True)
     ]
     return float(torch.cat(losses).mean().exp())
 
 
 def main_dtype(model: nn.Module) -> torch.dtype:
-    """Return the dtype that most of the weights are stored in."""
+    """Return the dtype that most of the weights are stored in, or were before they were coded."""
     sizes: dict[torch.dtype, int] = {}
-    for parameter in model.parameters():
-        sizes[parameter.dtype] = sizes.get(parameter.dtype, 0) + parameter.numel()
+    for module in model.modules():
+        own = [(p.dtype, p.numel()) for p in module.parameters(recurse=False)]
+        if isinstance(module, CodedLinear):
+            own = [(module.dtype, module.in_features * module.out_features)]
+        for dtype, size in own:
+            sizes[dtype] = sizes.get(dtype, 0) + size
     return max(sizes, key=lambda dtype: sizes[dtype])
 
 
-@torch.no_grad()
-def measure_rounding(model: PeftModel, rounded: Callable[[Tensor], Tensor]) -> Rounding:
-    """Return what survives of the active adapter's change when each W + delta is written as rounded(W + delta)."""
-    along = square = 0.0
-    same = changed = 0
-    for layer in model.modules():
-        if not isinstance(layer, Adapted):
-            continue
-        for name in layer.active_adapters:
-            W = layer.base.dense(torch.float32)
-            delta = layer.get_delta_weight(name).float()
-            written = rounded(W + delta) - rounded(W)
-            along += float((written.double() * delta).sum())
-            square += float(delta.double().square().sum())
-            moved = delta != 0
-            same += int(((written == 0) & moved).sum())
-            changed += int(moved.sum())
-    if square == 0:
-        return Rounding(survived=1.0, unchanged=0.0)
-    return Rounding(survived=along / square, unchanged=same / changed)
+@dataclass
+class Tally:
+    """Sums up what writing each summed weight did to its change."""
+
+    along: float = field(default=0.0)
+    square: float = field(default=0.0)
+    same: int = field(default=0)
+    changed: int = field(default=0)
+
+    def add(self, W: Tensor, change: Tensor, rounded: summed.Rounded) -> None:
+        """Add one weight W (out, in) and its change."""
+        after, before = rounded(W + change), rounded(W)
+        for a, b, delta in zip(*(torch.split(part, CHUNK) for part in (after, before, change)), strict=True):
+            written, moved = a.double() - b.double(), delta != 0
+            self.along += float((written * delta).sum())
+            self.square += float(delta.double().square().sum())
+            self.same += int(((written == 0) & moved).sum())
+            self.changed += int(moved.sum())
+
+    def rounding(self) -> Rounding:
+        """Return the shares."""
+        if self.square == 0:
+            return Rounding(survived=1.0, unchanged=0.0)
+        return Rounding(survived=self.along / self.square, unchanged=self.same / self.changed)
 
 
 def stop_at(model: Any, stop_ids: Sequence[int]) -> None:
@@ -299,19 +358,27 @@ def stop_at(model: Any, stop_ids: Sequence[int]) -> None:
     model.generation_config.eos_token_id = list(dict.fromkeys((*stop_ids, *known))) or None
 
 
-def agreement_of(merged: Path, rows: Sequence[Tensor], trained: Tensor, untouched: Tensor) -> Agreement:
+def agreement_of(merged: Path, proof: Proof) -> Agreement:
     """Compare the model read back from disk with the trained stack's logits, and those with the untouched base's."""
-    from_disk = logits_of(load_model(str(merged), device="cpu"), rows)
+    from_disk = logits_of(load_model(str(merged), device="cpu", stream=True), proof.rows)
     return Agreement(
-        tokens=trained.shape[0],
-        max_logit_difference=float((trained - from_disk).abs().max()),
-        kl=mean_kl(trained, from_disk),
-        same_top1=float((trained.argmax(-1) == from_disk.argmax(-1)).float().mean()),
-        adapter_kl=mean_kl(trained, untouched),
+        tokens=proof.trained.shape[0],
+        max_logit_difference=float((proof.trained - from_disk).abs().max()),
+        kl=mean_kl(proof.trained, from_disk),
+        same_top1=float((proof.trained.argmax(-1) == from_disk.argmax(-1)).float().mean()),
+        adapter_kl=mean_kl(proof.trained, proof.untouched),
     )
 
 
 def mean_kl(target_NV: Tensor, other_NV: Tensor) -> float:
     """Return the mean over rows of KL(target || other) in nats, from logits."""
-    p, q = F.log_softmax(target_NV.double(), -1), F.log_softmax(other_NV.double(), -1)
-    return float(F.kl_div(q, p, log_target=True, reduction="none").sum(-1).mean().clamp(min=0))
+    total = 0.0
+    for target, other in zip(torch.split(target_NV, CHUNK), torch.split(other_NV, CHUNK), strict=True):
+        p, q = F.log_softmax(target.double(), -1), F.log_softmax(other.double(), -1)
+        total += float(F.kl_div(q, p, log_target=True, reduction="sum"))
+    return max(0.0, total / len(target_NV))
+
+
+def short(dtype: torch.dtype) -> str:
+    """Return a dtype's name without torch's."""
+    return str(dtype).removeprefix("torch.")
