@@ -170,14 +170,19 @@ def named_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
 
 
 def compute_in_fp32(model: nn.Module) -> None:
-    """Make a model with 16-bit weights compute in fp32: large weights are widened as they are used, small ones now."""
+    """Make a model with 16-bit weights compute in fp32: large weights are widened as they are used, small ones now.
+
+    So are now the weights that a model's own code multiplies with: routers, and experts that are not coded.
+    """
     for name, module in list(model.named_modules()):
         wide = WIDE.get(type(module))
         if wide is not None and module.weight.dtype in SIXTEEN_BIT:
             place(model, name, _adopted(wide, module))
-    for parameter in model.parameters():
-        if parameter.dtype in SIXTEEN_BIT and parameter.dim() < 2:
-            parameter.data = parameter.data.float()
+    for module in model.modules():
+        lasting = isinstance(module, (*WIDE.values(), nn.Embedding))
+        for parameter in module.parameters(recurse=False):
+            if parameter.dtype in SIXTEEN_BIT and not (lasting and parameter.dim() > 1):
+                parameter.data = parameter.data.float()
 
 
 def _adopted(wide: type[nn.Module], module: nn.Module) -> nn.Module:
