@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from decal import locate
 from decal.errors import DecalError, Unsupported
 from decal.layers.dense import SIXTEEN_BIT, WideConv1D, WideEmbedding, WideLinear
-from decal.model import quantized
+from decal.model import quantizer
 from decal.model.inject import place
 from decal.spec import QuantConfig, TaskType
 
@@ -51,7 +51,7 @@ def load_model(
     quantize: str | QuantConfig | None = None,
     double_quant: bool = True,
     quantization_config: Any = None,
-    observe: quantized.Observe | None = None,
+    observe: quantizer.Observe | None = None,
 ) -> nn.Module:
     """Return the transformers model `name`, a folder or a hub id, in evaluation mode.
 
@@ -72,7 +72,7 @@ def load_model(
     config = AutoConfig.from_pretrained(path, local_files_only=True)
     if num_labels is not None:
         config.num_labels = num_labels
-    extra = quantized.arguments(path, config, quant_settings(quantize, double_quant, quantization_config), observe)
+    extra = quantizer.arguments(path, config, quant_settings(quantize, double_quant, quantization_config), observe)
     target = torch.device(device or default_device())
     if extra and device_map is None and target.type != "cpu":
         device_map = {"": target}  # each tensor is encoded on the card

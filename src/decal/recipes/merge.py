@@ -20,8 +20,8 @@ from decal.errors import ConfigError, RunError
 from decal.evaluate.prompts import Prompts
 from decal.layers.adapted import Adapted
 from decal.layers.coded import CodedLinear
-from decal.model import quantized, targets
-from decal.model.load import compute_in_fp32, load_model, named_dtype
+from decal.model import quantized, quantizer, targets
+from decal.model.load import compute_in_fp32, load_model, meta_model, named_dtype
 from decal.model.wrapper import PeftModel
 from decal.recipes import compare
 from decal.spec import DataConfig, QuantConfig
@@ -177,14 +177,18 @@ def ways_for(stack: Stack, into: str) -> list[str]:
     """Return the ways to measure. Raises ConfigError for one that the adapter's base does not have."""
     coded = stack.quantize is not None
     known = ["16bit", "dequantized", "nf4"] if coded else ["16bit"]
-    if coded and stack.quantize is not None and stack.quantize.format == "int8":
+    trained_on: str = stack.quantize.format if stack.quantize else "its stored dtype"
+    if stack.quantize is not None and stack.quantize.format == "int8":
         known.remove("nf4")
+    elif stack.quantize is not None and quantizer.planned_experts(meta_model(stack.base), stack.quantize):
+        known.remove("nf4")
+        trained_on += ", with experts, which the file layout of nf4 does not have"
     if into == "auto":
         return known
     if into not in known:
         raise ConfigError(
             f"this adapter cannot be merged into {into!r}",
-            got=f"trained on a base in {stack.quantize.format if stack.quantize else 'its stored dtype'}",
+            got=f"trained on a base in {trained_on}",
             fix=f"Use auto, {', '.join(known)}.",
         )
     return [into]
