@@ -16,7 +16,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from decal.ops import nf4, nf4_triton
+from decal.ops import nf4, nf4_multiply_triton, nf4_triton
 
 OUT, IN, RANK, WEIGHTS, REPLAYS = 14336, 4096, 16, 4, 15
 COUNT = OUT * IN
@@ -89,7 +89,7 @@ def main() -> None:
         reference = line(f"cuBLAS bf16, {rows} rows", lambda i, x=x: torch.nn.functional.linear(x, dense[i]), 2 * COUNT)
         line(
             f"multiply, {rows} rows",
-            lambda i, x=x: nf4_triton.multiply(x, codes[i], nested[i], OUT, 64, "nf4"),
+            lambda i, x=x: nf4_multiply_triton.multiply(x, codes[i], nested[i], OUT, 64, "nf4"),
             NESTED,
             reference,
         )

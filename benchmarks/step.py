@@ -15,6 +15,7 @@ import json
 import resource
 import subprocess
 import sys
+import tempfile
 import time
 from contextlib import ExitStack
 from typing import Any
@@ -88,18 +89,19 @@ def _decal_step(stack: ExitStack, *, stored: str) -> Any:
     from decal.data.batch import Batch
     from decal.model import load, quantized
     from decal.model.lean import lean
-    from decal.spec import QuantConfig, TrainConfig
+    from decal.spec import TrainConfig
     from decal.training import optim
     from decal.training.losses import SFT
     from decal.training.precision import Precision
     from decal.training.step import take_step
 
-    base = _model(torch.bfloat16 if stored == "bf16" else torch.float32)
+    base: Any = _model(torch.bfloat16 if stored == "bf16" else torch.float32)
     if stored == "bf16":
         load.compute_in_fp32(base)
     elif stored == "nf4":
-        linears = [name for name, m in base.named_modules() if type(m) is torch.nn.Linear and name != "lm_head"]
-        quantized.encode(base, linears, QuantConfig())
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
+        base.save_pretrained(folder)
+        base = load.load_model(folder, quantize="nf4", device="cpu")
         share = quantized.bits_per_weight(base) / 16
         print(f"weights of the quantised linears: {share:.3f}x of bf16", file=sys.stderr)
     model = get_peft_model(base, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")).train()

@@ -11,7 +11,7 @@ from decal.ops import nf4
 CUDA = torch.cuda.is_available()
 pytest.importorskip("triton", reason="Triton is made for Linux alone")
 
-from decal.ops import nf4_triton  # noqa: E402  # after it is known that triton is there
+from decal.ops import nf4_multiply_triton, nf4_triton  # noqa: E402  # after it is known that triton is there
 
 DEVICE = torch.device("cuda" if CUDA else "cpu")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -140,14 +140,14 @@ def _product_is_close(
 ) -> None:
     packed, scales, W = _weight(out, inputs, block, kind, double=double)
     x = torch.randn(rows, inputs, device=DEVICE).to(dtype)
-    assert nf4_triton.can_multiply(x, block)
-    got = nf4_triton.multiply(x, packed, scales, out, block, kind)
+    assert nf4_multiply_triton.can_multiply(x, block)
+    got = nf4_multiply_triton.multiply(x, packed, scales, out, block, kind)
     assert got.shape == (rows, out)
     assert got.dtype == dtype
     exact = x.double() @ (W if rows == 1 else W.to(dtype)).double().T  # one row: W is not rounded
     eps = torch.finfo(dtype).eps / 2 if dtype != torch.float32 else 2e-6
     assert (got.double() - exact).norm() <= eps * exact.norm()
-    assert torch.equal(got, nf4_triton.multiply(x, packed, scales, out, block, kind))  # sums in a fixed order
+    assert torch.equal(got, nf4_multiply_triton.multiply(x, packed, scales, out, block, kind))  # sums in a fixed order
 
 
 @pytest.mark.parametrize("dtype", DTYPES if CUDA else [torch.float32, torch.float16], ids=str)
@@ -172,7 +172,8 @@ def test_codes_that_start_between_words() -> None:
     moved = torch.cat([packed[:1], packed])[1:]
     x = torch.randn(1, 64, device=DEVICE)
     assert torch.equal(
-        nf4_triton.multiply(x, moved, scales, 8, 64, "nf4"), nf4_triton.multiply(x, packed, scales, 8, 64, "nf4")
+        nf4_multiply_triton.multiply(x, moved, scales, 8, 64, "nf4"),
+        nf4_multiply_triton.multiply(x, packed, scales, 8, 64, "nf4"),
     )
     out = torch.empty_like(W)
     nf4_triton.dequantize(moved, nf4.single(scales), out.view(-1), 64, "nf4")
@@ -184,4 +185,4 @@ def test_codes_that_start_between_words() -> None:
     [((33, 64), torch.float32), ((64,), torch.float32), ((2, 65), torch.float32), ((2, 64), torch.float64)],
 )
 def test_other_products_are_left_to_a_decode(shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    assert not nf4_triton.can_multiply(torch.zeros(shape, dtype=dtype), 64)
+    assert not nf4_multiply_triton.can_multiply(torch.zeros(shape, dtype=dtype), 64)

@@ -1,4 +1,4 @@
-"""Linear layers whose frozen weight is stored in codes of few bits: what all such formats share, and their Base.
+"""Layers whose frozen weights are stored in codes of few bits: what all such formats share, and a linear one's Base.
 
 The state is plain bytes, two uint8 parameters: `weight` (the codes) and `scales`. Everything else is metadata on the
 module. So nothing that moves, shards or casts a model's floats can change them.
@@ -15,25 +15,39 @@ from decal.ops import merged, workspace
 FEW_ROWS = 32  # up to here a product may be formed without forming the weight
 
 
-class CodedLinear(nn.Module):
-    """A frozen linear layer in a coded format. `dtype` is what the weight was before, and what a dense copy has."""
+class Coded(nn.Module):
+    """A frozen parameter in a coded format, and how many weights its bytes stand for."""
 
     weight: nn.Parameter
     scales: nn.Parameter
-    transposed = False  # whether checkpoints hold W as (in, out): GPT-2's Conv1D
+    weights: int
+
+    def reserve(self, codes: tuple[int, ...], scales: tuple[int, ...], device: torch.device | str) -> None:
+        """Make room for bytes of these shapes."""
+        for name, shape in (("weight", codes), ("scales", scales)):
+            empty = torch.empty(shape, dtype=torch.uint8, device=device)
+            self.register_parameter(name, nn.Parameter(empty, requires_grad=False))
+
+
+class CodedLinear(Coded):
+    """A frozen linear layer in a coded format. `dtype` is what the weight was before, and what a dense copy has."""
+
+    transposed = False  # whether checkpoints hold W as (in, out): GPT-2's Conv1D, some models' experts
 
     def __init__(
         self, in_features: int, out_features: int, *, dtype: torch.dtype, bias: nn.Parameter | None = None
     ) -> None:
         super().__init__()
         self.in_features, self.out_features, self.dtype = in_features, out_features, dtype
+        self.weights = in_features * out_features
         self.bias = bias
 
-    def reserve(self, codes: int, scales: int, device: torch.device | str) -> None:
-        """Make room for so many bytes."""
-        for name, size in (("weight", codes), ("scales", scales)):
-            empty = torch.empty(size, dtype=torch.uint8, device=device)
-            self.register_parameter(name, nn.Parameter(empty, requires_grad=False))
+    def over(self, codes: Tensor, scales: Tensor) -> CodedLinear:
+        """Return a layer of this format on other bytes, views included."""
+        other = type(self).__new__(type(self))  # nn.Module's own ways cost more than a small expert's product
+        parameters = {"weight": nn.Parameter(codes, False), "scales": nn.Parameter(scales, False)}
+        other.__dict__.update(self.__dict__, _parameters=parameters)
+        return other
 
     def encode(self, W: Tensor, name: str) -> tuple[Tensor, Tensor]:
         """Return the bytes of codes and of scales for W (out, in). Raises DecalError naming the tensor."""
@@ -125,8 +139,8 @@ class CodedBase:
 
 def uncounted(model: nn.Module) -> int:
     """Return how many parameters a model's codes stand for beyond the bytes that they are stored in."""
-    coded = [m for m in model.modules() if isinstance(m, CodedLinear)]
-    return sum(m.in_features * m.out_features - m.weight.numel() - m.scales.numel() for m in coded)
+    coded = [m for m in model.modules() if isinstance(m, Coded)]
+    return sum(m.weights - m.weight.numel() - m.scales.numel() for m in coded)
 
 
 def _as_computed(x: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ class Int8Linear(CodedLinear):
         device: torch.device | str = "meta",
     ) -> None:
         super().__init__(in_features, out_features, dtype=dtype, bias=bias)
-        self.reserve(in_features * out_features, 4 * out_features, device)
+        self.reserve((in_features * out_features,), (4 * out_features,), device)
 
     def encode(self, W: Tensor, name: str) -> tuple[Tensor, Tensor]:
         codes, absmax = int8.quantize(W, name=name)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from decal.errors import DecalError
-from decal.layers.coded import CodedLinear
+from decal.layers.coded import Coded, CodedLinear
 from decal.ops import dynamic8, nf4
 
 
@@ -35,7 +35,7 @@ class NF4Linear(CodedLinear):
         self.blocks = -(-in_features * out_features // block)
         self.super_blocks = -(-self.blocks // dynamic8.BLOCK)
         scales = 4 + 4 * self.super_blocks + self.blocks if double_quant else 4 * self.blocks
-        self.reserve(-(-in_features * out_features // 2), scales, device)
+        self.reserve((-(-in_features * out_features // 2),), (scales,), device)
 
     def encode(self, W: Tensor, name: str) -> tuple[Tensor, Tensor]:
         packed, absmax = nf4.quantize(W, self.block, self.kind, name=name)
@@ -72,7 +72,7 @@ def scale_bytes(scales: nf4.Scales) -> Tensor:
     return torch.cat([floats.view(torch.uint8), scales.codes.flatten()])
 
 
-def check_bytes(layer: CodedLinear, codes: Tensor, scales: Tensor, name: str) -> None:
+def check_bytes(layer: Coded, codes: Tensor, scales: Tensor, name: str) -> None:
     """Raise DecalError if the bytes are not as many as the layer holds."""
     wanted, got = (layer.weight.numel(), layer.scales.numel()), (codes.numel(), scales.numel())
     if wanted != got:

@@ -293,10 +293,13 @@ def _move_hook(source: nn.Module, to: nn.Module) -> None:
         add_hook_to_module(to, hook)
 
 
-def place(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Make `module` the submodule `name` of `model`."""
+def place(model: nn.Module, name: str, module: nn.Module | nn.Parameter) -> None:
+    """Make `module` the submodule (or parameter) `name` of `model`."""
     parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
+    owner = model.get_submodule(parent)
+    if child in owner._parameters:
+        delattr(owner, child)  # torch refuses a module under a parameter's name
+    setattr(owner, child, module)
 
 
 def tied_pair(model: nn.Module) -> tuple[str, str] | None:

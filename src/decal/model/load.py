@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from decal import locate
 from decal.errors import DecalError, Unsupported
 from decal.layers.dense import SIXTEEN_BIT, WideConv1D, WideEmbedding, WideLinear
-from decal.model import quantized, streamed
+from decal.model import quantizer, streamed
 from decal.model.inject import place
 from decal.spec import QuantConfig, TaskType
 
@@ -51,7 +51,7 @@ def load_model(
     quantize: str | QuantConfig | None = None,
     double_quant: bool = True,
     quantization_config: Any = None,
-    observe: quantized.Observe | None = None,
+    observe: quantizer.Observe | None = None,
     stream: bool = False,
 ) -> nn.Module:
     """Return the transformers model `name`, a folder or a hub id, in evaluation mode.
@@ -76,7 +76,7 @@ def load_model(
         config.num_labels = num_labels
     settings = quant_settings(quantize, double_quant, quantization_config)
     in_files = streamed.weights(path, _empty(CLASSES[task], config)) if stream else None
-    extra = quantized.arguments(path, config, settings, observe, in_files)
+    extra = quantizer.arguments(path, config, settings, observe, in_files)
     target = torch.device(device or default_device())
     if extra and device_map is None and target.type != "cpu":
         device_map = {"": target}  # each tensor is encoded on the card
@@ -179,14 +179,19 @@ def named_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
 
 
 def compute_in_fp32(model: nn.Module) -> None:
-    """Make a model with 16-bit weights compute in fp32: large weights are widened as they are used, small ones now."""
+    """Make a model with 16-bit weights compute in fp32: large weights are widened as they are used, small ones now.
+
+    So are now the weights that a model's own code multiplies with: routers, and experts that are not coded.
+    """
     for name, module in list(model.named_modules()):
         wide = WIDE.get(type(module))
         if wide is not None and module.weight.dtype in SIXTEEN_BIT:
             place(model, name, _adopted(wide, module))
-    for parameter in model.parameters():
-        if parameter.dtype in SIXTEEN_BIT and parameter.dim() < 2:
-            parameter.data = parameter.data.float()
+    for module in model.modules():
+        lasting = isinstance(module, (*WIDE.values(), nn.Embedding))
+        for parameter in module.parameters(recurse=False):
+            if parameter.dtype in SIXTEEN_BIT and not (lasting and parameter.dim() > 1):
+                parameter.data = parameter.data.float()
 
 
 def _adopted(wide: type[nn.Module], module: nn.Module) -> nn.Module:

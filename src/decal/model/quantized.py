@@ -1,167 +1,40 @@
-"""Make the linear layers of a model coded ones: while a 16-bit checkpoint streams in, or from a checkpoint of codes.
+"""Act on models in codes: change layers into coded ones and back, write them, measure their storage.
 
-Loading goes through transformers' own hook for quantizers, so that every model it can load, it can load quantised: one
-tensor at a time is wide.
+Coding while a checkpoint loads: model/quantizer.py.
 """
 
 from __future__ import annotations
 
-import copy
 import json
 import math
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Collection
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from transformers.core_model_loading import ConversionOps
 from transformers.pytorch_utils import Conv1D
-from transformers.quantizers import HfQuantizer
-from transformers.quantizers.auto import register_quantization_config, register_quantizer
-from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from decal import rundir
-from decal.errors import DecalError, Unsupported
+from decal.errors import Unsupported
 from decal.files import bnb_files
 from decal.files.bnb_files import Stored
 from decal.files.checkpoint import SHARD, Writer
-from decal.layers.coded import CodedBase, CodedLinear
+from decal.layers.coded import Coded, CodedBase, CodedLinear
+from decal.layers.coded_experts import CodedExperts
 from decal.layers.int8_linear import Int8Linear
 from decal.layers.nf4_linear import NF4Linear, check_bytes, scale_bytes
 from decal.layers.streamed import StreamedLinear
-from decal.model import streamed
 from decal.model.inject import place
-from decal.model.streamed import Weight
 from decal.ops import nf4
 from decal.spec import QuantConfig
 
-METHOD = "decal"
-Observe = Callable[[str, Tensor, CodedLinear], None]  # (name, W, its coded layer), for each weight as it is coded
 LINEAR = (nn.Linear, Conv1D)
-DENSE_SHARE = 0.05  # of the parameters outside embeddings and head that may stay wide unasked
+Layer = TypeVar("Layer", bound=Coded)
 
 
-@register_quantization_config(METHOD)
-class Quantization(QuantizationConfigMixin):  # type: ignore[misc]  # transformers has no types
-    """What transformers hands to `Quantizer`: the settings, or the stored state of each layer; the weights that stay
-
-    in their files; what stayed wide.
-    """
-
-    def __init__(
-        self,
-        settings: QuantConfig | None = None,
-        stored: dict[str, Stored] | None = None,
-        observe: Observe | None = None,
-        streamed: dict[str, Weight] | None = None,
-    ) -> None:
-        self.quant_method = METHOD
-        self.settings = settings
-        self.stored = stored or {}
-        self.observe = observe
-        self.streamed = streamed or {}
-        self.kept: list[str] = []
-        self.refusal: DecalError | None = None
-
-
-@register_quantizer(METHOD)
-class Quantizer(HfQuantizer):  # type: ignore[misc]  # transformers has no types
-    """Puts coded layers in the place of linear ones before the weights come, and encodes each weight as it comes."""
-
-    requires_calibration = False
-    quantization_config: Quantization
-
-    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
-        replace(model, self.quantization_config)
-
-    def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
-        name, _, part = param_name.rpartition(".")
-        return part in ("weight", "scales") and isinstance(model.get_submodule(name), CodedLinear)
-
-    def get_quantize_ops(self) -> ConversionOps:
-        return Encode(self.quantization_config)
-
-    def is_serializable(self) -> bool:
-        return False  # decal writes the common layout itself: model/quantized.py, write
-
-    @property
-    def is_trainable(self) -> bool:
-        return True
-
-
-class Encode(ConversionOps):  # type: ignore[misc]  # transformers has no types
-    """Turns one weight into codes and scales."""
-
-    def __init__(self, config: Quantization) -> None:
-        self.config = config
-
-    def convert(self, input_dict: dict[str, Any], model: Any = None, **kwargs: Any) -> dict[str, Tensor]:
-        made: dict[str, Tensor] = {}
-        for key, value in input_dict.items():
-            weight = value[0] if isinstance(value, list) else value
-            name = key.rpartition(".")[0]
-            layer = model.get_submodule(name)
-            stored = self.config.stored.get(name)
-            try:
-                if stored is not None:  # transformers has cast the bytes to a float dtype, which holds 0 to 255 exactly
-                    codes, scales = weight.flatten().to(torch.uint8), scale_bytes(stored.scales)
-                    check_bytes(layer, codes, scales, key)
-                else:
-                    wide = weight.T if layer.transposed else weight
-                    codes, scales = layer.encode(wide, key)
-                    if self.config.observe is not None:
-                        self.config.observe(name, wide, fill(copy.deepcopy(layer), codes, scales, key))
-            except DecalError as error:
-                self.config.refusal = error  # transformers would wrap it in a report of its own
-                raise
-            made[key] = codes
-            made[f"{name}.scales"] = scales.to(codes.device)
-        return made
-
-    @property
-    def reverse_op(self) -> ConversionOps:
-        raise NotImplementedError
-
-
-def replace(model: Any, config: Quantization) -> None:
-    """Put coded layers without values where linear ones are; raise Unsupported where too much would stay wide."""
-    heads = {id(m) for m in (model.get_output_embeddings(), model.get_input_embeddings()) if m is not None}
-    settings = config.settings
-    skip = tuple(settings.skip) if settings is not None else ()
-    kept: dict[str, int] = {}
-    for name, module in list(model.named_modules()):
-        own = [p for p in module.parameters(recurse=False) if p.dim() > 1]
-        head = id(module) in heads
-        if not own or isinstance(module, nn.Embedding) or (head and name not in config.streamed):
-            continue
-        skipped = head or any(part in name.split(".") or name == part for part in skip)
-        wanted = name in config.stored or (settings is not None and type(module) in LINEAR and not skipped)
-        if name in config.streamed:
-            form = partial(_coded, module, None, settings) if wanted else None
-            place(model, name, streamed.layer_of(config.streamed[name], module, form))
-        elif wanted:
-            layer = _coded(module, config.stored.get(name), settings)
-            # transformers 5.17 casts what it reads to this dtype before it is encoded.
-            layer.weight = nn.Parameter(layer.weight.to(module.weight.dtype), requires_grad=False)
-            place(model, name, layer)
-        else:
-            kept[name] = sum(p.numel() for p in own)
-    coded = sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, CodedLinear))
-    config.kept = list(kept)
-    if coded == 0:
-        raise Unsupported("the model has no linear layer to quantise", fix="Load it without quantize.")
-    share = sum(kept.values()) / (coded + sum(kept.values()))
-    if settings is not None and not settings.allow_dense and share > DENSE_SHARE:
-        names = sorted(kept, key=lambda n: -kept[n])[:3]
-        raise Unsupported(
-            f"{100 * share:.0f}% of the parameters beside the embeddings would stay wide: {', '.join(names)}, ...",
-            fix="Experts stored as 3-D parameters are not quantised yet. quantize.allow_dense=true goes on regardless.",
-        )
-
-
-def _coded(module: Any, stored: Stored | None, settings: QuantConfig | None) -> CodedLinear:
+def room_for(module: Any, stored: Stored | None, settings: QuantConfig | None) -> CodedLinear:
+    """Return a coded layer without values for a linear one: of its stored state's format, or of the settings'."""
     transposed = isinstance(module, Conv1D)
     out_features, in_features = reversed(module.weight.shape) if transposed else module.weight.shape
     sizes: dict[str, Any] = {"in_features": in_features, "out_features": out_features, "bias": module.bias}
@@ -179,40 +52,14 @@ def _coded(module: Any, stored: Stored | None, settings: QuantConfig | None) -> 
     return layer
 
 
-def arguments(
-    path: Path,
-    config: Any,
-    settings: QuantConfig | None,
-    observe: Observe | None = None,
-    in_files: dict[str, Weight] | None = None,
-) -> dict[str, Any]:
-    """Return what `from_pretrained` needs to load `path` quantised or streamed; {} where nothing is. Edits `config`.
-
-    A checkpoint of 4-bit codes loads as what it is. Raises DecalError for other methods, and for quantising twice.
-    """
-    state = getattr(config, "quantization_config", None)
-    if state is None:
-        if in_files:
-            asked = Quantization(settings, observe=observe, streamed=in_files)
-            return {"quantization_config": asked, "state_dict": streamed.resident(path, in_files)}
-        return {} if settings is None else {"quantization_config": Quantization(settings, observe=observe)}
-    state = state if isinstance(state, dict) else state.to_dict()
-    method = str(getattr(state.get("quant_method"), "value", state.get("quant_method")))
-    if method != "bitsandbytes" or not (state.get("load_in_4bit") or state.get("_load_in_4bit")):
-        raise Unsupported(
-            f"the checkpoint is quantised with {method}",
-            got=path,
-            fix="Use the 16-bit checkpoint, or one that bitsandbytes quantised to 4 bits.",
-        )
-    if settings is not None:
-        raise DecalError(
-            "the checkpoint is quantised already, and quantising codes again would lose more",
-            got=path,
-            fix="Leave quantize out: it loads as it is. Or start from the 16-bit checkpoint.",
-        )
-    del config.quantization_config
-    tensors, stored = bnb_files.read(path)
-    return {"quantization_config": Quantization(stored=stored), "state_dict": tensors}
+def room_for_experts(W: Tensor, transposed: bool, settings: QuantConfig | None) -> CodedExperts:
+    """Return room for the codes of W, (experts, out, in) or transposed (experts, in, out)."""
+    count, rows, columns = W.shape
+    out_features, in_features = (columns, rows) if transposed else (rows, columns)
+    plain = nn.Linear(in_features, out_features, bias=False, device="meta", dtype=W.dtype)
+    one = room_for(plain, None, settings)
+    one.transposed = transposed
+    return CodedExperts(one, count)
 
 
 def adopt(model: nn.Module) -> int:
@@ -261,7 +108,7 @@ def prepare_model_for_kbit_training(
     return model
 
 
-def fill(layer: CodedLinear, codes: Tensor, scales: Tensor, name: str) -> CodedLinear:
+def fill(layer: Layer, codes: Tensor, scales: Tensor, name: str) -> Layer:
     """Give a coded layer its bytes; return it."""
     check_bytes(layer, codes, scales, name)
     layer.weight = nn.Parameter(codes, requires_grad=False)
@@ -270,12 +117,24 @@ def fill(layer: CodedLinear, codes: Tensor, scales: Tensor, name: str) -> CodedL
 
 
 def dense(model: nn.Module) -> nn.Module:
-    """Put plain layers in the place of the coded ones, in the dtype that each had before; return the model."""
+    """Put plain layers and parameters in the place of the coded ones, in the dtype that each had; return the model."""
     for name, module in list(model.named_modules()):
         if isinstance(module, CodedLinear):
             base = CodedBase(module)
             place(model, name, base.holding(base.dense(torch.float32)).train(module.training))
+        elif isinstance(module, CodedExperts):
+            place(model, name, nn.Parameter(module.dense(module.one.dtype), requires_grad=False))
     return model
+
+
+def refuse_experts(names: Collection[str]) -> None:
+    """Raise Unsupported if there are coded experts: the common file layout has none."""
+    if names:
+        raise Unsupported(
+            "the 4-bit file layout has no experts that are stored as 3-D parameters",
+            got=f"{next(iter(names))} and {len(names) - 1} more",
+            fix="Keep the 16-bit checkpoint: with --quantize its experts are coded each time it is loaded.",
+        )
 
 
 def write(model: Any, folder: Path) -> None:
@@ -284,6 +143,7 @@ def write(model: Any, folder: Path) -> None:
     Raises Unsupported for formats without a common layout. No more than one file of 2 GiB, one weight and what is not
     a linear layer are held.
     """
+    refuse_experts([name for name, m in model.named_modules() if isinstance(m, CodedExperts)])
     layers = {name: m for name, m in model.named_modules() if isinstance(m, CodedLinear)}
     forms = {name: m for name, m in layers.items() if not isinstance(m, StreamedLinear) or m.form is not None}
     bytes_of = {f"{name}.{part}" for name in layers for part in ("weight", "scales")}
@@ -325,7 +185,7 @@ def coded_tensors(name: str, layer: CodedLinear) -> dict[str, Tensor]:
 
 
 def bits_per_weight(model: nn.Module) -> float:
-    """Return the measured storage of the coded layers in bits per weight."""
-    coded = [m for m in model.modules() if isinstance(m, CodedLinear)]
+    """Return the measured storage of the coded layers and experts in bits per weight."""
+    coded = [m for m in model.modules() if isinstance(m, Coded)]
     stored = sum(m.weight.numel() + m.scales.numel() for m in coded)
-    return 8 * stored / math.fsum(m.in_features * m.out_features for m in coded)
+    return 8 * stored / math.fsum(m.weights for m in coded)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from decal.layers.adapted import Adapted
 from decal.layers.coded import CodedBase, CodedLinear
+from decal.layers.coded_experts import CodedExperts
 from decal.layers.streamed import StreamedLinear
 from decal.model import targets
 from decal.model.inject import place
@@ -39,6 +40,8 @@ def merged(model: PeftModel, *, dtype: torch.dtype | None, observe: Observe | No
             place(plain, name, _summed(module, layer, names, dtype, observe).train(module.training))
         elif isinstance(module, Adapted) and observe is not None:
             _show(module, module.base.dense(torch.float32), names, _rounding(dtype or module.base.dtype), observe)
+        elif isinstance(module, CodedExperts) and dtype is not None:
+            place(plain, name, nn.Parameter(module.dense(dtype), requires_grad=False))
     plain = model.merge_and_unload()
     return plain if dtype is None else plain.to(dtype)
 

@@ -12,6 +12,7 @@ from torch import nn
 from decal.errors import TargetError, nearest
 from decal.layers.adapted import Adapted
 from decal.layers.catalog import base_of
+from decal.layers.coded_experts import CodedExperts
 from decal.layers.replaced import ReplacedModule
 from decal.layers.tokens import TiedTokenRows, TokenRows
 from decal.model.default_targets import DEFAULT_TARGETS
@@ -52,8 +53,13 @@ def original(module: nn.Module) -> nn.Module:
 
 
 def modules(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """Yield the model's modules by name as if no adapter were there: nothing inside a wrapped layer."""
+    """Yield the model's modules by name as if no adapter were there: nothing inside a wrapped layer.
+
+    Coded experts stand for a parameter, so that they are no module here.
+    """
     for name, child in model.named_children():
+        if isinstance(child, CodedExperts):
+            continue
         full = f"{prefix}{name}"
         yield full, child
         if original(child) is child:
@@ -121,6 +127,7 @@ def resolve(model: nn.Module, config: LoraConfig, *, strict: bool = True) -> Res
 def _expert_parameters(model: nn.Module) -> list[str]:
     """The last two names of all weights that hold a matrix for each expert, each once."""
     names = [n for n, p in model.named_parameters() if p.dim() == 3 and "lora_" not in n]
+    names += [n for n, m in model.named_modules() if isinstance(m, CodedExperts)]
     return list(dict.fromkeys(".".join(name.split(".")[-2:]) for name in names))
 
 

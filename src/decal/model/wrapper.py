@@ -394,11 +394,5 @@ def get_peft_model(
     Raises TargetError for targets that match nothing.
     """
     quantized.adopt(model)
-    return PeftModel(
-        model,
-        peft_config,
-        adapter_name,
-        autocast_adapter_dtype=autocast_adapter_dtype,
-        low_cpu_mem_usage=low_cpu_mem_usage,
-        generator=generator,
-    )
+    how = {"autocast_adapter_dtype": autocast_adapter_dtype, "low_cpu_mem_usage": low_cpu_mem_usage}
+    return PeftModel(model, peft_config, adapter_name, **how, generator=generator)

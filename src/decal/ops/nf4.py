@@ -161,11 +161,11 @@ def decode_plus(
 
 def multiply(x: Tensor, packed: Tensor, scales: Scales, out_features: int, *, block: int, kind: str) -> Tensor | None:
     """Return x Wᵀ (rows, out) without forming W, for a few rows, or None where no kernel does so. x is (rows, in)."""
-    kernels = _kernels(packed.device)
-    if kernels is None or not hasattr(kernels, "multiply") or not kernels.can_multiply(x, block):
+    if select.kind(packed.device) != "triton":
         return None
-    product: Tensor = kernels.multiply(x, packed, scales, out_features, block, kind)
-    return product
+    from decal.ops import nf4_multiply_triton as kernels
+
+    return kernels.multiply(x, packed, scales, out_features, block, kind) if kernels.can_multiply(x, block) else None
 
 
 def bits_per_weight(shape: Sequence[int], *, block: int = 64, double_quant: bool = False) -> float:

@@ -1,14 +1,11 @@
-"""The 4-bit codec on a CUDA card, as Triton kernels: ops/nf4.py's results bit for bit, and two products with the codes.
+"""The 4-bit codec on a CUDA card, as Triton kernels: ops/nf4.py's results bit for bit, and W + s·B·A in one pass.
 
 Every lane of a warp holds one of the 16 levels, and a level is fetched from the lane that its code names: one shuffle
 for each weight, in which the hardware ignores the bits above the code. That needs a few lines of PTX; the interpreter,
 which runs no PTX, looks levels up with tl.gather. Scales stored in 8 bits are decoded in the same launch. No product is
 fused with a sum where bits must agree (enable_fp_fusion=False).
 
-`multiply` holds W only in registers: for one row it sums level · x in fp32 and scales each block's sum, so W is not
-rounded at all; for 2 to 32 rows it rounds W to the dtype of x as `dequantize` would and sums on the tensor cores.
-
-Shapes: n elements, m = ceil(n/block) scales, W (out, in), x (rows, in), A (r, in), B (out, r).
+Shapes: n elements, m = ceil(n/block) scales, W (out, in), A (r, in), B (out, r).
 """
 
 # Triton compiles kernels from their source and gives their arguments its own types; functions for Python are typed.
@@ -29,8 +26,11 @@ from decal.ops import dynamic8, nf4
 
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")  # the interpreter runs no PTX
 TILE = 4096  # elements a program encodes: the largest block
-MULTIPLY_ROWS = 32
-ROUNDED = {torch.float32: "ieee", torch.float16: "tf32", torch.bfloat16: "tf32"}  # B·A, by what it is rounded to next
+PRECISIONS = {
+    torch.float32: "ieee",
+    torch.float16: "tf32",
+    torch.bfloat16: "tf32",
+}  # B·A, by what it is rounded to next
 
 
 def quantize(flat: Tensor, block: int, kind: str) -> tuple[Tensor, Tensor]:
@@ -38,7 +38,7 @@ def quantize(flat: Tensor, block: int, kind: str) -> tuple[Tensor, Tensor]:
     n = len(flat)
     packed = torch.empty(-(-n // 2), dtype=torch.uint8, device=flat.device)
     absmax = torch.empty(-(-n // block), dtype=torch.float32, device=flat.device)
-    with _on(flat.device):
+    with on(flat.device):
         _encode[(-(-n // TILE),)](
             flat, _bounds(kind, flat.device), _order(kind, flat.device), packed, absmax, n,
             TILE=TILE, BLOCK=block, TINY=nf4.TINY, ORDERED=kind != "nf4", num_warps=4,
@@ -58,9 +58,9 @@ def dequantize_nested(packed: Tensor, nested: nf4.Nested, out: Tensor, block: in
 
 def _decode_into(packed: Tensor, scales: nf4.Scales, out: Tensor, block: int, kind: str) -> None:
     tile = max(TILE // 2, block)
-    with _on(out.device):
+    with on(out.device):
         _decode[(-(-len(out) // tile),)](
-            packed, *_scale_arguments(scales), nf4.levels(kind, out.device), out, len(out),
+            packed, *scale_arguments(scales), nf4.levels(kind, out.device), out, len(out),
             TILE=tile, BLOCK=block, NESTED=isinstance(scales, nf4.Nested), num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
 
@@ -84,68 +84,30 @@ def decode_plus(
     OUT, IN, REPEAT = 64, 64, 4
     RANK = min(64, max(16, triton.next_power_of_2(rank)))
     whole = outputs % (OUT * REPEAT) == 0 and inputs % IN == 0
-    with _on(out.device):
+    with on(out.device):
         _decode_plus[(-(-inputs // IN), -(-outputs // (OUT * REPEAT)))](
-            _as_words(packed), *_scale_arguments(scales), nf4.levels(kind, out.device),
+            as_words(packed), *scale_arguments(scales), nf4.levels(kind, out.device),
             A.contiguous(), B.contiguous(), float(s), out, rank, inputs, outputs,
             OUT=OUT, IN=IN, RANK=RANK, REPEAT=REPEAT, SINGLE=rank <= RANK, BLOCK=block,
-            NESTED=isinstance(scales, nf4.Nested), WHOLE=whole, PRECISION=ROUNDED.get(out.dtype, "ieee"),
+            NESTED=isinstance(scales, nf4.Nested), WHOLE=whole, PRECISION=PRECISIONS.get(out.dtype, "ieee"),
             num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
 
 
-def can_multiply(x: Tensor, block: int) -> bool:
-    """Return whether `multiply` takes x: (1..32, in), fp32, fp16 or bf16, `in` in whole blocks."""
-    return x.dim() == 2 and 1 <= len(x) <= MULTIPLY_ROWS and x.dtype in ROUNDED and x.shape[1] % block == 0
-
-
-def multiply(x: Tensor, packed: Tensor, scales: nf4.Scales, out_features: int, block: int, kind: str) -> Tensor:
-    """Return x Wᵀ (rows, out) in the dtype of x, summed in fp32 in a fixed order."""
-    rows, inputs = x.shape
-    outputs = out_features
-    x = x.contiguous()
-    y = torch.empty(rows, outputs, dtype=x.dtype, device=x.device)
-    shared = (_as_words(packed), *_scale_arguments(scales), nf4.levels(kind, x.device), x)
-    nested = isinstance(scales, nf4.Nested)
-    with _on(x.device):
-        if rows == 1:
-            OUT, IN = 8, 512
-            _multiply_one[(-(-outputs // OUT),)](
-                *shared, y, inputs, outputs,
-                OUT=OUT, IN=IN, BLOCK=block, NESTED=nested, WHOLE=outputs % OUT == 0 and inputs % IN == 0,
-                num_warps=1,
-            )  # fmt: skip
-            return y
-        OUT, IN = 64, 128
-        parts = max(1, min(4, inputs // (4 * IN)))
-        part = IN * -(-inputs // (IN * parts))
-        parts = -(-inputs // part)
-        sums = y if parts == 1 else torch.empty(parts, rows, outputs, dtype=torch.float32, device=x.device)
-        _multiply_few[(-(-outputs // OUT), parts)](
-            *shared, sums, rows, inputs, outputs, part,
-            OUT=OUT, IN=IN, ROWS=16 if rows <= 16 else 32, BLOCK=block, NESTED=nested,
-            WHOLE=outputs % OUT == 0 and inputs % IN == 0, PRECISION="ieee", num_warps=4,
-            num_stages=4 if rows <= 16 else 3, enable_fp_fusion=False,
-        )  # fmt: skip
-        if parts > 1:
-            _sum_parts[(-(-y.numel() // 1024),)](sums, y, y.numel(), PARTS=parts, SIZE=1024, num_warps=4)
-    return y
-
-
-def _scale_arguments(scales: nf4.Scales) -> tuple[Tensor | None, ...]:
+def scale_arguments(scales: nf4.Scales) -> tuple[Tensor | None, ...]:
     """Return the kernels' absmax, codes, outer, offset and table."""
     if isinstance(scales, nf4.Nested):
         return None, scales.codes, scales.absmax, scales.offset, dynamic8.table(scales.codes.device)
     return scales, None, None, None, None
 
 
-def _as_words(packed: Tensor) -> Tensor:
+def as_words(packed: Tensor) -> Tensor:
     """Return the codes (n/2,) as (n/8,) int32, copied only where they do not start at a multiple of 4 bytes."""
     packed = packed.view(-1)
     return (packed if packed.data_ptr() % 4 == 0 else packed.clone()).view(torch.int32)
 
 
-def _on(device: torch.device) -> AbstractContextManager[object]:
+def on(device: torch.device) -> AbstractContextManager[object]:
     """Return what makes `device` the one that Triton launches on."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
@@ -162,7 +124,7 @@ def _order(kind: str, device: torch.device) -> Tensor:
 
 
 @triton.jit
-def _scale(absmax, codes, outer, offset, table, i, mask, NESTED: tl.constexpr):
+def scale_of(absmax, codes, outer, offset, table, i, mask, NESTED: tl.constexpr):
     if NESTED:
         code = tl.load(codes + i, mask=mask, other=0).to(tl.int32)
         scale = tl.load(table + code) * tl.load(outer + i // 256, mask=mask, other=0.0) + tl.load(offset)
@@ -225,7 +187,7 @@ def _decode_tile(
         pair = tl.load(packed + first // 2 + j)
     else:
         pair = tl.load(packed + first // 2 + j, mask=2 * j < left, other=0)
-    scale = _scale(absmax, codes, outer, offset, table, first // BLOCK + b, b * BLOCK < left, NESTED)
+    scale = scale_of(absmax, codes, outer, offset, table, first // BLOCK + b, b * BLOCK < left, NESTED)
     value = _values(pair, _lane(levels)).reshape(TILE // BLOCK, BLOCK)
     value = (value * scale[:, None]).reshape(TILE).to(out.dtype.element_ty)
     if WHOLE:
@@ -292,7 +254,7 @@ def _encode(
 
 
 @triton.jit
-def _words(at, row, k, inputs, outputs, IN: tl.constexpr, WHOLE: tl.constexpr):
+def words(at, row, k, inputs, outputs, IN: tl.constexpr, WHOLE: tl.constexpr):
     """Return the words (OUT, IN / 8) at `at`, columns k to k + IN of rows `row`; zero outside W."""
     if WHOLE:
         word = tl.load(at, mask=tl.full(at.shape, k < inputs, tl.int1), other=0)
@@ -302,7 +264,7 @@ def _words(at, row, k, inputs, outputs, IN: tl.constexpr, WHOLE: tl.constexpr):
 
 
 @triton.jit
-def _values8(word, levels):
+def values8(word, levels):
     """Return the eight levels of each word of codes, (..., 2, 2, 2) fp32."""
     if INTERPRETED:
         v0, v1 = _look_up(levels, word >> 4 & 15), _look_up(levels, word & 15)
@@ -326,7 +288,7 @@ def _values8(word, levels):
 
 
 @triton.jit
-def _weights(
+def weights(
     packed, absmax, codes, outer, offset, table, levels, row, k, inputs, outputs,
     OUT: tl.constexpr, IN: tl.constexpr, BLOCK: tl.constexpr, NESTED: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
@@ -334,11 +296,11 @@ def _weights(
     SPAN: tl.constexpr = BLOCK if BLOCK < IN else IN
     at = packed + row.to(tl.int64)[:, None] * tl.multiple_of(inputs // 8, 4)
     at += (tl.multiple_of(k // 8, 4) + tl.arange(0, IN // 8))[None, :]
-    value = _values8(_words(at, row, k, inputs, outputs, IN, WHOLE), levels).reshape(OUT, IN // SPAN, SPAN)
+    value = values8(words(at, row, k, inputs, outputs, IN, WHOLE), levels).reshape(OUT, IN // SPAN, SPAN)
     column = k + tl.arange(0, IN // SPAN)[None, :] * SPAN
     i = row.to(tl.int64)[:, None] * (inputs // BLOCK) + column // BLOCK
     live = (row < outputs)[:, None] & (column < inputs)
-    return value, _scale(absmax, codes, outer, offset, table, i, live, NESTED)
+    return value, scale_of(absmax, codes, outer, offset, table, i, live, NESTED)
 
 
 @triton.jit
@@ -360,7 +322,7 @@ def _decode_plus(
     right = _factor(A, r, column, rank, inputs, inputs)
     for repeat in range(REPEAT):
         row = (tl.program_id(1) * REPEAT + repeat) * OUT + tl.arange(0, OUT)
-        value, scale = _weights(
+        value, scale = weights(
             packed, absmax, codes, outer, offset, table, levels, row, k, inputs, outputs, OUT, IN, BLOCK, NESTED, WHOLE
         )
         change = tl.dot(_factor(B, row, r, outputs, rank, rank), right, input_precision=PRECISION)
@@ -375,62 +337,3 @@ def _decode_plus(
             tl.store(at, value.to(out.dtype.element_ty))
         else:
             tl.store(at, value.to(out.dtype.element_ty), mask=(row < outputs)[:, None] & (column < inputs)[None, :])
-
-
-@triton.jit
-def _multiply_one(
-    packed, absmax, codes, outer, offset, table, levels, x, y, inputs, outputs,
-    OUT: tl.constexpr, IN: tl.constexpr, BLOCK: tl.constexpr, NESTED: tl.constexpr, WHOLE: tl.constexpr,
-):  # fmt: skip
-    SPAN: tl.constexpr = BLOCK if BLOCK < IN else IN
-    row = tl.program_id(0) * OUT + tl.arange(0, OUT)
-    b = tl.arange(0, IN // SPAN) * SPAN
-    at = packed + row.to(tl.int64)[:, None] * tl.multiple_of(inputs // 8, 4) + tl.arange(0, IN // 8)[None, :]
-    i = row.to(tl.int64)[:, None] * (inputs // BLOCK)
-    word = _words(at, row, 0, inputs, outputs, IN, WHOLE)
-    total = tl.zeros([OUT, IN // SPAN], tl.float32)
-    for k in range(0, inputs, IN):
-        at += IN // 8
-        ahead = _words(at, row, k + IN, inputs, outputs, IN, WHOLE)  # on its way while we sum
-        column = k + b[None, :]
-        live = (row < outputs)[:, None] & (column < inputs)
-        scale = _scale(absmax, codes, outer, offset, table, i + column // BLOCK, live, NESTED)
-        factor = tl.load(x + k + tl.arange(0, IN), mask=k + tl.arange(0, IN) < inputs, other=0.0).to(tl.float32)
-        value = _values8(word, levels).reshape(OUT, IN // SPAN, SPAN)
-        total += tl.sum(value * factor.reshape(IN // SPAN, SPAN)[None, :, :], 2) * scale
-        word = ahead
-    tl.store(y + row, tl.sum(total, 1).to(y.dtype.element_ty), mask=row < outputs)
-
-
-@triton.jit
-def _multiply_few(
-    packed, absmax, codes, outer, offset, table, levels, x, y, rows, inputs, outputs, part,
-    OUT: tl.constexpr, IN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, NESTED: tl.constexpr,
-    WHOLE: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    row = tl.program_id(0) * OUT + tl.arange(0, OUT)
-    start = tl.program_id(1) * part
-    r = tl.arange(0, ROWS)
-    total = tl.zeros([OUT, ROWS], tl.float32)
-    for k in range(start, tl.minimum(start + part, inputs), IN):
-        column = k + tl.arange(0, IN)
-        value, scale = _weights(
-            packed, absmax, codes, outer, offset, table, levels, row, k, inputs, outputs,
-            OUT, IN, BLOCK, NESTED, WHOLE,
-        )  # fmt: skip
-        factor = tl.load(
-            x + r[None, :] * inputs + column[:, None], mask=(r < rows)[None, :] & (column < inputs)[:, None], other=0.0
-        )
-        weight = (value * scale[:, :, None]).reshape(OUT, IN).to(x.dtype.element_ty)
-        total = tl.dot(weight, factor, total, input_precision=PRECISION)
-    at = y + (tl.program_id(1) * rows + r[None, :]) * outputs + row[:, None]
-    tl.store(at, total.to(y.dtype.element_ty), mask=(r < rows)[None, :] & (row < outputs)[:, None])
-
-
-@triton.jit
-def _sum_parts(parts, y, n, PARTS: tl.constexpr, SIZE: tl.constexpr):
-    i = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
-    total = tl.load(parts + i, mask=i < n, other=0.0)
-    for part in tl.static_range(1, PARTS):
-        total += tl.load(parts + part * n + i, mask=i < n, other=0.0)
-    tl.store(y + i, total.to(y.dtype.element_ty), mask=i < n)

@@ -20,8 +20,8 @@ from decal.data.mask import Sample
 from decal.errors import AdapterError, ConfigError, RunError
 from decal.evaluate.prompts import Prompts
 from decal.files import checkpoint, sealed
-from decal.layers.coded import CodedLinear
-from decal.layers.int8_linear import Int8Linear
+from decal.layers.coded import Coded, CodedLinear
+from decal.layers.coded_experts import CodedExperts
 from decal.layers.streamed import StreamedLinear
 from decal.model import quantized, summed
 from decal.model.load import compute_in_fp32, load_model, named_dtype
@@ -224,20 +224,22 @@ def refuse_lost(best: Candidate, candidates: Sequence[Candidate]) -> None:
 
 def ways_for(tuned: PeftModel, stack: Stack, into: str) -> list[str]:
     """Return the ways to measure. Raises ConfigError for one that the adapter's base does not have."""
-    layers = [m for m in tuned.modules() if isinstance(m, CodedLinear)]
+    layers = [m for m in tuned.modules() if isinstance(m, Coded)]
     coded = [m for m in layers if not isinstance(m, StreamedLinear) or m.form is not None]
     known = [] if coded and stack.quantize is None else ["16bit"]  # a checkpoint of codes has no original
+    trained_on: str = stack.quantize.format if stack.quantize else "its stored dtype"
     if coded:
         known.append("dequantized")
-    four_bit = stack.quantize is None or stack.quantize.format != "int8"
-    if coded and four_bit and not any(isinstance(m, Int8Linear) for m in coded):
+    if any(isinstance(m, CodedExperts) for m in coded):
+        trained_on += ", with experts, which the file layout of nf4 does not have"
+    elif coded and (stack.quantize is None or stack.quantize.format != "int8"):
         known.append(CODED)
     if into == "auto":
         return known
     if into not in known:
         raise ConfigError(
             f"this adapter cannot be merged into {into!r}",
-            got=f"trained on a base in {stack.quantize.format if stack.quantize else 'its stored dtype'}",
+            got=f"trained on a base in {trained_on}",
             fix=f"Use auto, {', '.join(known)}.",
         )
     return [into]

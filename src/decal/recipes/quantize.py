@@ -13,9 +13,10 @@ from torch import Tensor
 from decal import rundir
 from decal.errors import ConfigError, DecalError, RunError
 from decal.layers.coded import CodedLinear
+from decal.layers.coded_experts import CodedExperts
 from decal.layers.nf4_linear import NF4Linear
-from decal.model import quantized
-from decal.model.load import load_model, load_tokenizer
+from decal.model import quantized, quantizer
+from decal.model.load import load_model, load_tokenizer, meta_model
 from decal.ops import nf4
 from decal.report import quantization
 from decal.spec import QuantConfig
@@ -24,8 +25,34 @@ REPORT, PICTURE = "quantization.json", "quantization.svg"
 
 
 @dataclass(frozen=True, kw_only=True)
+class Loss:
+    """What coding did to some weights: their number, squared norms of W - decoded and of W, and the rest as below."""
+
+    weights: int
+    squared: float
+    total: float
+    worst_block: float
+    levels: tuple[float, ...]
+
+    def __add__(self, other: Loss) -> Loss:
+        """Return what coding did to both."""
+        weights = self.weights + other.weights
+        shares = zip(self.levels, other.levels, strict=True)
+        return Loss(
+            weights=weights,
+            squared=self.squared + other.squared,
+            total=self.total + other.total,
+            worst_block=max(self.worst_block, other.worst_block),
+            levels=tuple((a * self.weights + b * other.weights) / weights for a, b in shares),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class LayerError:
-    """What coding did to one weight. Errors are Frobenius norms of W - decoded, relative to those of W."""
+    """What coding did to one weight, or to all experts of one parameter.
+
+    Errors are Frobenius norms of W - decoded, relative to those of W.
+    """
 
     name: str
     weights: int
@@ -45,7 +72,7 @@ class Quantized:
     bits_single: float  # with fp32 scales
     bits_double: float  # with doubly quantised scales
     coded: int  # weights
-    wide: tuple[str, ...]  # modules that stayed as they were
+    wide: tuple[str, ...]  # linear layers and experts that stayed as they were
     bytes: int
     layers: tuple[LayerError, ...]
 
@@ -68,15 +95,19 @@ def quantize(model: str, out: Path | None, settings: QuantConfig, *, report: boo
         raise ConfigError(
             "int8 by rows has no common file layout", fix="Use nf4 or fp4, or train with --quantize int8."
         )
-    found: list[tuple[str, int, float, float, float, tuple[float, ...]]] = []
+    if out is not None:
+        quantized.refuse_experts(quantizer.planned_experts(meta_model(model), settings))
+    found: dict[str, Loss] = {}
 
     def observe(name: str, W: Tensor, layer: CodedLinear) -> None:
-        found.append((name, *errors(W, layer)))
+        loss = loss_of(W, layer)
+        found[name] = found[name] + loss if name in found else loss
 
     loaded: Any = load_model(model, device="cpu", dtype="auto", quantize=settings, observe=observe)
     if not found:
         raise DecalError("nothing was quantised", got=model, fix="Give a checkpoint in 16 or 32 bits.")
-    wide = tuple(name for name, module in loaded.named_modules() if type(module) in quantized.LINEAR)
+    wide = [name for name, module in loaded.named_modules() if type(module) in quantized.LINEAR]
+    wide += [name for name, parameter in loaded.named_parameters() if parameter.dim() == 3]
     if out is not None:
         tokenizer = load_tokenizer(model)
         with rundir.new_folder(out) as new:
@@ -88,8 +119,8 @@ def quantize(model: str, out: Path | None, settings: QuantConfig, *, report: boo
         bits=quantized.bits_per_weight(loaded),
         bits_single=_bits(loaded, settings, double_quant=False),
         bits_double=_bits(loaded, settings, double_quant=True),
-        coded=sum(size for _, size, *_ in found),
-        wide=wide,
+        coded=sum(loss.weights for loss in found.values()),
+        wide=tuple(wide),
         bytes=sum(p.numel() * p.element_size() for p in loaded.parameters()),
         layers=_with_gain(found),
     )
@@ -99,17 +130,21 @@ def quantize(model: str, out: Path | None, settings: QuantConfig, *, report: boo
     return result
 
 
-def errors(W: Tensor, layer: CodedLinear) -> tuple[int, float, float, float, tuple[float, ...]]:
-    """Return (weights, squared error, relative error, worst block's, share of each code) of one coded weight."""
-    wide = W.detach().float()
+def loss_of(W: Tensor, layer: CodedLinear) -> Loss:
+    """Return what coding did to W (out, in)."""
+    wide = W.detach().float().contiguous()
     off = wide - layer.decode(torch.empty_like(wide))
     block = layer.block if isinstance(layer, NF4Linear) else layer.in_features
     full = wide.numel() // block * block
     blocks, lost = wide.flatten()[:full].view(-1, block), off.flatten()[:full].view(-1, block)
     norms = blocks.norm(dim=1)
-    worst = float((lost.norm(dim=1) / norms)[norms > 0].max()) if bool((norms > 0).any()) else 0.0
-    squared, total = float(off.double().square().sum()), float(wide.double().square().sum())
-    return wide.numel(), squared, (squared / total) ** 0.5 if total else 0.0, worst, _levels(layer)
+    return Loss(
+        weights=wide.numel(),
+        squared=float(off.double().square().sum()),
+        total=float(wide.double().square().sum()),
+        worst_block=float((lost.norm(dim=1) / norms)[norms > 0].max()) if bool((norms > 0).any()) else 0.0,
+        levels=_levels(layer),
+    )
 
 
 def _levels(layer: CodedLinear) -> tuple[float, ...]:
@@ -120,27 +155,31 @@ def _levels(layer: CodedLinear) -> tuple[float, ...]:
     return tuple((counts / counts.sum())[list(nf4.ORDER[layer.kind])].tolist())
 
 
-def _with_gain(found: list[tuple[str, int, float, float, float, tuple[float, ...]]]) -> tuple[LayerError, ...]:
+def _with_gain(found: dict[str, Loss]) -> tuple[LayerError, ...]:
     """An 8-bit copy takes about as many more bytes for each weight of any layer: compare squared error per weight."""
-    mean = sum(squared for _, _, squared, *_ in found) / sum(size for _, size, *_ in found)
+    mean = sum(loss.squared for loss in found.values()) / sum(loss.weights for loss in found.values())
     return tuple(
         LayerError(
             name=name,
-            weights=size,
-            error=error,
-            worst_block=worst,
-            levels=levels,
-            gain=squared / size / mean if mean else 0.0,
+            weights=loss.weights,
+            error=(loss.squared / loss.total) ** 0.5 if loss.total else 0.0,
+            worst_block=loss.worst_block,
+            levels=loss.levels,
+            gain=loss.squared / loss.weights / mean if mean else 0.0,
         )
-        for name, size, squared, error, worst, levels in found
+        for name, loss in found.items()
     )
 
 
 def _bits(model: Any, settings: QuantConfig, *, double_quant: bool) -> float:
-    layers = [m for m in model.modules() if isinstance(m, CodedLinear)]
     if settings.format == "int8":
         return quantized.bits_per_weight(model)
-    sizes = [(m.out_features, m.in_features) for m in layers]
+    sizes: list[tuple[int, int]] = []  # of each linear layer, and of each expert
+    for module in model.modules():
+        if isinstance(module, CodedLinear):
+            sizes.append((module.out_features, module.in_features))
+        elif isinstance(module, CodedExperts):
+            sizes += module.count * [(module.one.out_features, module.one.in_features)]
     bits = [
         nf4.bits_per_weight(shape, block=settings.block, double_quant=double_quant) * shape[0] * shape[1]
         for shape in sizes
