@@ -275,6 +275,7 @@ class TrainConfig(Settings):
 
     method: Literal["lora", "full"] = "lora"
     loss: Literal["sft"] = "sft"
+    optimizer: Literal["adamw", "adamw8bit", "paged_adamw", "paged_adamw8bit"] = "adamw"
     lr: float = Field(default=2e-4, gt=0)
     epochs: float = Field(default=1.0, gt=0)
     steps: int | None = Field(default=None, ge=1)  # overrides epochs

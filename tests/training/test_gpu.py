@@ -1,4 +1,4 @@
-"""Training on a CUDA card: the precisions, fused AdamW, resumption. Run with -m gpu."""
+"""Training on a CUDA card: the precisions, the optimizers, resumption. Run with -m gpu."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from decal.ops.loss import chunked_cross_entropy
 from decal.recipes.finetune import Finetuned, finetune
 from decal.rundir import RunDir
+from decal.training.adamw8bit import AdamW8bit
 from decal.training.interrupt import Interrupted
+from decal.training.paged import RESERVE, Paged, free_bytes
 from tests.training.tiny_run import config, make_files
 
 pytestmark = pytest.mark.gpu
@@ -56,6 +58,7 @@ def test_bf16_chunks_equal_fp64_within_their_rounding() -> None:
         {"precision": "fp16"},
         {"gradient_checkpointing": True},
         {"method": "full", "lr": 3e-3},
+        {"method": "full", "lr": 3e-3, "optimizer": "paged_adamw8bit"},
     ],
     ids=lambda settings: "-".join(map(str, settings.values())),
 )
@@ -92,3 +95,79 @@ def test_resume_restores_the_cards_generator(folder: Path) -> None:
     tensors: list[dict[str, Tensor]] = [load_file(run.result / "adapter_model.safetensors") for run in (cut, whole)]
     for name, expected in tensors[1].items():
         torch.testing.assert_close(tensors[0][name], expected, rtol=5e-2, atol=5e-3)
+
+
+class Stepped:
+    """Eight weights of 4 Mi elements and five steps of an optimizer on them, the states where `free` has them go."""
+
+    def __init__(self, kind: str, free: int | None) -> None:
+        card = torch.device("cuda", torch.cuda.current_device())
+        g = torch.Generator(card).manual_seed(0)
+        self.weights = [nn.Parameter(torch.randn(1024, 4096, generator=g, device=card)) for _ in range(8)]
+        inner: torch.optim.Optimizer = (
+            AdamW8bit(self.weights) if kind == "adamw8bit" else torch.optim.AdamW(self.weights, fused=True)
+        )
+        self.optimizer = inner if free is None else Paged(inner, device=card, free=lambda: free)
+        for step in range(5):
+            if step == 2:  # a paged one has found its place
+                torch.cuda.synchronize()
+                torch.cuda.reset_peak_memory_stats()
+                before = torch.cuda.memory_allocated()
+            for weight in self.weights:
+                weight.grad = torch.randn(1024, 4096, generator=g, device=card)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        self.peak = torch.cuda.max_memory_allocated() - before
+        self.states = [value for w in self.weights for value in self.optimizer.state[w].values() if value.ndim]
+        self.size = sum(value.nbytes for value in self.states)
+        self.held = before  # with the states, where they are on the card
+
+
+@pytest.mark.parametrize("kind", ["adamw", "adamw8bit"])
+def test_paged_states_change_no_bit_and_leave_the_card(kind: str) -> None:
+    empty = torch.cuda.memory_allocated()
+    plain = Stepped(kind, None)
+    expected, held, peak, size = [w.detach().cpu() for w in plain.weights], plain.held - empty, plain.peak, plain.size
+    del plain
+    for free, place in ((0, "cpu"), (1 << 40, "cuda")):
+        empty = torch.cuda.memory_allocated()
+        paged = Stepped(kind, free)
+        assert all(torch.equal(w.detach().cpu(), e) for w, e in zip(paged.weights, expected, strict=True))
+        assert {value.device.type for value in paged.states} == {place}
+        if place == "cpu":
+            assert all(value.is_pinned() for value in paged.states)
+            # All states less, two of the eight pieces more at most: one under way, one not yet given back.
+            assert (paged.held - empty) + paged.peak <= held + peak - size + 2 * size // 8
+        del paged
+
+
+def test_a_card_that_runs_short_and_has_room_again() -> None:
+    card = torch.device("cuda", torch.cuda.current_device())
+    weight = nn.Parameter(torch.randn(1024, 4096, device=card))
+    said: list[str] = []
+    optimizer = Paged(AdamW8bit([weight]), device=card, free=lambda: free_bytes(card), say=said.append)
+
+    def step() -> str:
+        (weight**2).sum().backward()
+        optimizer.step()
+        return optimizer.state[weight]["exp_avg"].device.type
+
+    assert [step(), step()] == ["cpu", "cuda"]  # they begin on the host
+    torch.cuda.empty_cache()
+    hog = torch.empty(free_bytes(card) - RESERVE // 2, dtype=torch.uint8, device=card)
+    assert step() == "cpu"
+    del hog
+    assert step() == "cuda"  # the allocator still holds the block, and it counts as free
+    assert len(said) == 2
+
+
+def test_a_paged_run_resumes(folder: Path) -> None:
+    settings: dict[str, Any] = {"device": "cuda", "method": "full", "lr": 3e-3}
+    whole = finetune(config(folder, output="paged-whole", optimizer="adamw8bit", **settings))
+    with pytest.raises(Interrupted):
+        finetune(
+            config(folder, output="paged-cut", optimizer="adamw8bit", **settings),
+            on_event=lambda e: os.kill(os.getpid(), signal.SIGINT) if e["kind"] == "step" and e["step"] == 5 else None,
+        )
+    cut = finetune(config(folder, output="paged-cut", optimizer="paged_adamw8bit", **settings), resume=True)
+    assert losses(cut) == pytest.approx(losses(whole), rel=1e-2)  # atomic sums, and codes that they tip over

@@ -12,8 +12,11 @@ import transformers
 from peft.optimizers import create_loraplus_optimizer
 from torch import nn
 
+from decal.cli import train
+from decal.errors import ConfigError
 from decal.spec import TrainConfig
 from decal.training import optim
+from decal.training.adamw8bit import AdamW8bit
 from tests import models
 
 
@@ -67,6 +70,29 @@ def test_only_trainable_parameters_are_moved_and_by_one_kernel() -> None:
     assert set(rates(optimizer, model)) == {n for n, p in model.named_parameters() if p.requires_grad}
     assert optimizer.defaults["fused"]
     assert optimizer.defaults["betas"] == (0.8, 0.95)
+
+
+KINDS = ("adamw", "adamw8bit", "paged_adamw", "paged_adamw8bit")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_optimizer_has_the_same_groups_and_pages_only_on_a_card(kind: str) -> None:
+    model, said = lora(), list[str]()
+    settings: dict[str, Any] = {"weight_decay": 0.1, "loraplus_lr_ratio": 4, "betas": (0.8, 0.95)}
+    optimizer = optim.build(model, TrainConfig(optimizer=kind, **settings), say=said.append)
+    assert rates(optimizer, model) == rates(optim.build(model, TrainConfig(**settings)), model)
+    assert {group["betas"] for group in optimizer.param_groups} == {(0.8, 0.95)}
+    assert type(optimizer) is (AdamW8bit if kind.endswith("8bit") else torch.optim.AdamW)
+    plain = kind.removeprefix("paged_")
+    expected = [f"train.optimizer={kind} pages on a CUDA card only; here it is {plain}, with equal results"]
+    assert said == (expected if kind != plain else [])
+
+
+def test_the_settings_and_the_command_know_these_optimizers() -> None:
+    assert TrainConfig.model_fields["optimizer"].annotation.__args__ == KINDS  # type: ignore[union-attr]
+    assert tuple(kind.value for kind in train.Optimizer) == KINDS
+    with pytest.raises(ConfigError, match=r"'optimizer' is wrong.*'paged_adamw8bit'"):
+        TrainConfig(optimizer="adam8bit")
 
 
 ORACLES: dict[str, Callable[..., Any]] = {

@@ -164,6 +164,35 @@ def test_a_full_run_resumes_bit_for_bit(folder: Path) -> None:
     assert all(torch.equal(mine[name], whole[name]) for name in whole)
 
 
+def test_states_of_8_bits_resume_bit_for_bit(folder: Path) -> None:
+    settings: dict[str, Any] = {"method": "full", "optimizer": "adamw8bit", "lr": 3e-3, "steps": 6, "save_every": 2}
+    finetune(config(folder, output="8bit", **settings))
+    with pytest.raises(Crash):
+        finetune(config(folder, output="8bit-crash", **settings), on_event=at(5, crash))
+    finetune(config(folder, output="8bit-crash", **settings), resume=True)
+    mine, whole = (load_file(folder / n / "checkpoints" / "step-6" / state.OPTIMIZER) for n in ("8bit-crash", "8bit"))
+    assert {tensor.dtype for name, tensor in whole.items() if name.startswith("exp_avg:")} == {
+        torch.uint8,
+        torch.float32,  # tensors under 4096 elements
+    }
+    assert mine.keys() == whole.keys()
+    assert all(torch.equal(mine[name], whole[name]) for name in whole)
+    mine, whole = (load_file(folder / n / "model" / "model.safetensors") for n in ("8bit-crash", "8bit"))
+    assert all(torch.equal(mine[name], whole[name]) for name in whole)
+
+
+def test_a_run_may_go_on_paged_but_not_in_other_states(folder: Path) -> None:
+    """A card that was too small is the reason to resume so; on a CPU it is said that nothing is paged."""
+    with pytest.raises(Crash):
+        finetune(config(folder, output="paged"), on_event=at(5, crash))
+    with pytest.raises(RunError, match=r"train\.optimizer has changed"):
+        finetune(config(folder, output="paged", optimizer="paged_adamw8bit"), resume=True)
+    finetune(config(folder, output="paged", optimizer="paged_adamw"), resume=True)
+    notes = [e["text"] for e in RunDir(folder / "paged").events() if e["kind"] == "note"]
+    assert sum("train.optimizer=paged_adamw pages on a CUDA card only; here it is adamw" in text for text in notes) == 1
+    assert_same(folder / "paged", folder / "whole")
+
+
 def test_a_stream_resumes_bit_for_bit(folder: Path) -> None:
     settings: dict[str, Any] = {"data": {"streaming": True}, "steps": 8, "save_every": 3, "eval_every": 8}
     finetune(config(folder, output="stream", **settings))

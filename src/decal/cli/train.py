@@ -24,6 +24,15 @@ class Method(str, Enum):
     full = "full"
 
 
+class Optimizer(str, Enum):
+    """How AdamW holds its states: fp32 or 8 bits; paged, in host memory while the card is short."""
+
+    adamw = "adamw"
+    adamw8bit = "adamw8bit"
+    paged_adamw = "paged_adamw"
+    paged_adamw8bit = "paged_adamw8bit"
+
+
 def train(
     words: Annotated[
         list[str] | None,
@@ -45,6 +54,9 @@ def train(
         typer.Option(help="Layers: all-linear, attention, names (q_proj,v_proj), a regex (default: all-linear)."),
     ] = None,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate (default: 2e-4).")] = None,
+    optimizer: Annotated[
+        Optimizer | None, typer.Option(help="adamw, adamw8bit, paged_adamw, paged_adamw8bit (default: adamw).")
+    ] = None,
     epochs: Annotated[float | None, typer.Option(help="Passes over the data (default: 1).")] = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps, instead of epochs.")] = None,
     micro_batch: Annotated[int | None, typer.Option(help="Rows in one forward pass (default: 4).")] = None,
@@ -74,6 +86,7 @@ def train(
             "lora.lora_dropout": dropout,
             "lora.target_modules": overrides.target_names(targets),
             "train.lr": lr,
+            "train.optimizer": None if optimizer is None else optimizer.value,
             "train.epochs": epochs,
             "train.steps": steps,
             "train.micro_batch": micro_batch,

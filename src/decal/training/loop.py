@@ -77,7 +77,8 @@ def train(
     """
     model = wrap(model)
     todo = plan.make(config, steps_per_epoch=batches.steps_per_epoch, evaluates=evaluate is not None)
-    done, scaler, optimizer = Progress(), precision.scaler(), optim.build(model, config)
+    done, scaler = Progress(), precision.scaler()
+    optimizer = optim.build(model, config, say=lambda text: emit("note", text=text))
     job = state.Training(model=model, optimizer=optimizer, scaler=scaler, batches=batches, progress=done)
     if resume is not None:
         state.load(resume, job)

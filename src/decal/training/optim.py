@@ -1,24 +1,44 @@
-"""AdamW with its parameter groups, and learning-rate schedules as functions of the step."""
+"""The optimizers with their parameter groups, and learning-rate schedules as functions of the step."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
 from decal.spec import TrainConfig
+from decal.training.adamw8bit import AdamW8bit
+from decal.training.paged import Paged, free_bytes, quiet
 
+PAGED = "paged_"
 FUSED = ("cuda", "cpu")  # devices where AdamW moves all weights in one kernel
 
 
-def build(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """Return AdamW (Loshchilov & Hutter 2019) over the trainable parameters of `model`."""
+def build(
+    model: nn.Module, config: TrainConfig, *, say: Callable[[str], object] = quiet
+) -> torch.optim.AdamW | AdamW8bit | Paged:
+    """Return `config.optimizer`, a kind of AdamW (Loshchilov & Hutter 2019), over the model's trainable parameters.
+
+    `say` is told when a paged one moves its states, or has no card to move them from.
+    """
     groups = parameter_groups(model, config)
-    device = groups[0]["params"][0].device.type
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=device in FUSED)
+    device: torch.device = groups[0]["params"][0].device
+    kind = config.optimizer.removeprefix(PAGED)
+    optimizer: torch.optim.AdamW | AdamW8bit
+    if kind == "adamw8bit":
+        optimizer = AdamW8bit(groups, lr=config.lr, betas=config.betas)
+    else:
+        optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=device.type in FUSED)
+    if kind == config.optimizer:
+        return optimizer
+    if device.type != "cuda":
+        say(f"train.optimizer={config.optimizer} pages on a CUDA card only; here it is {kind}, with equal results")
+        return optimizer
+    return Paged(optimizer, device=device, free=partial(free_bytes, device), say=say)
 
 
 def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:

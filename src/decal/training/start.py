@@ -9,6 +9,7 @@ from typing import Any
 from decal.errors import RunError
 from decal.rundir import MANIFEST, RUN, RunDir
 from decal.spec import RunConfig, read_run_config
+from decal.training.optim import PAGED
 
 # Settings that say where and how a result is computed or watched, not what it is; all others are fixed for a run.
 FREE = frozenset(
@@ -45,7 +46,7 @@ def open_folder(
 
 def check_same(before: RunConfig, now: RunConfig) -> None:
     """Raise RunError naming the first setting that differs and would change the result."""
-    old, new = dict(_flat(before.model_dump(mode="json"))), dict(_flat(now.model_dump(mode="json")))
+    old, new = _that_decide(before), _that_decide(now)
     for key in sorted(old.keys() | new.keys()):
         if key not in FREE and old.get(key) != new.get(key):
             raise RunError(
@@ -53,6 +54,12 @@ def check_same(before: RunConfig, now: RunConfig) -> None:
                 got=f"{old.get(key)!r} then, {new.get(key)!r} now",
                 fix=f"Resume with {key}={old.get(key)}, or start a new run in another --output.",
             )
+
+
+def _that_decide(config: RunConfig) -> dict[str, Any]:
+    """Return the settings by dotted name; whether optimizer states are paged changes no result."""
+    values = dict(_flat(config.model_dump(mode="json")))
+    return {**values, "train.optimizer": config.train.optimizer.removeprefix(PAGED)}
 
 
 def check_same_data(run: RunDir, digest: str) -> None:

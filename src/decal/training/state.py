@@ -2,7 +2,8 @@
 
 A checkpoint folder holds
   trainable.safetensors   every trainable parameter by name
-  optimizer.safetensors   the optimizer's tensors as `<slot>:<parameter name>`
+  optimizer.safetensors   the optimizer's tensors as `<slot>:<parameter name>`, in their own dtypes; docs/files.md has
+                          the slots. Paged or not is the same file
   rng.safetensors         the states of torch's generators: `cpu`, `cuda:0`, ...
   state.json              progress, data position, loss scale, and the states of `random` and numpy
   adapter/                the adapter in PEFT's format (method lora only; nothing here reads it back)
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 
 from decal import rundir
 from decal.errors import RunError
+from decal.training.paged import Paged
 
 TRAINABLE, OPTIMIZER, RNG, STATE = "trainable.safetensors", "optimizer.safetensors", "rng.safetensors", "state.json"
 
@@ -136,20 +138,20 @@ def _optimizer_tensors(training: Training) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for name, parameter in _named(training).items():
         for slot, value in state.get(parameter, {}).items():
-            assert isinstance(value, Tensor), f"{slot} is {type(value)}: AdamW holds tensors only"
+            assert isinstance(value, Tensor), f"{slot} is {type(value)}: the optimizers hold tensors only"
             tensors[f"{slot}:{name}"] = value.detach().cpu().contiguous()
     return tensors
 
 
 def _load_optimizer(training: Training, tensors: dict[str, Tensor]) -> None:
     named = _named(training)
-    fused = training.optimizer.defaults.get("fused")
+    fused, paged = training.optimizer.defaults.get("fused"), isinstance(training.optimizer, Paged)
     training.optimizer.state.clear()
     for key, value in tensors.items():
         slot, _, name = key.partition(":")
-        # An unfused AdamW counts its steps on the CPU.
-        device = named[name].device if fused or slot != "step" else torch.device("cpu")
-        training.optimizer.state[named[name]][slot] = value.to(device)
+        # An unfused AdamW counts its steps on the CPU; a paged one takes its states to the card itself, if they fit.
+        there = fused if slot == "step" else not paged
+        training.optimizer.state[named[name]][slot] = value.to(named[name].device) if there else value
 
 
 def _state(training: Training) -> dict[str, Any]:
