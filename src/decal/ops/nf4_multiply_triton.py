@@ -11,6 +11,8 @@ Shapes: W (out, in), x (rows, in).
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -20,6 +22,23 @@ from decal.ops import nf4
 from decal.ops.nf4_triton import PRECISIONS, as_words, on, scale_arguments, scale_of, values8, weights, words
 
 ROWS = 32
+
+
+class Tiles(NamedTuple):
+    """What a program computes: `out` outputs, `inputs` at a time, one of up to `parts` sums; and how it is compiled."""
+
+    out: int
+    inputs: int
+    parts: int
+    warps: int
+    stages: int
+
+
+ONE = Tiles(out=8, inputs=512, parts=1, warps=1, stages=3)
+FEW = {  # by the rows that there is room for
+    16: Tiles(out=64, inputs=128, parts=4, warps=4, stages=4),
+    32: Tiles(out=64, inputs=128, parts=4, warps=4, stages=3),
+}
 
 
 def can_multiply(x: Tensor, block: int) -> bool:
@@ -37,23 +56,24 @@ def multiply(x: Tensor, packed: Tensor, scales: nf4.Scales, out_features: int, b
     nested = isinstance(scales, nf4.Nested)
     with on(x.device):
         if rows == 1:
-            OUT, IN = 8, 512
-            _multiply_one[(-(-outputs // OUT),)](
+            _multiply_one[(-(-outputs // ONE.out),)](
                 *shared, y, inputs, outputs,
-                OUT=OUT, IN=IN, BLOCK=block, NESTED=nested, WHOLE=outputs % OUT == 0 and inputs % IN == 0,
-                num_warps=1,
+                OUT=ONE.out, IN=ONE.inputs, BLOCK=block, NESTED=nested,
+                WHOLE=outputs % ONE.out == 0 and inputs % ONE.inputs == 0,
+                num_warps=ONE.warps, num_stages=ONE.stages,
             )  # fmt: skip
             return y
-        OUT, IN = 64, 128
-        parts = max(1, min(4, inputs // (4 * IN)))
-        part = IN * -(-inputs // (IN * parts))
+        room = 16 if rows <= 16 else 32
+        few = FEW[room]
+        parts = max(1, min(few.parts, inputs // (4 * few.inputs)))
+        part = few.inputs * -(-inputs // (few.inputs * parts))
         parts = -(-inputs // part)
         sums = y if parts == 1 else torch.empty(parts, rows, outputs, dtype=torch.float32, device=x.device)
-        _multiply_few[(-(-outputs // OUT), parts)](
+        _multiply_few[(-(-outputs // few.out), parts)](
             *shared, sums, rows, inputs, outputs, part,
-            OUT=OUT, IN=IN, ROWS=16 if rows <= 16 else 32, BLOCK=block, NESTED=nested,
-            WHOLE=outputs % OUT == 0 and inputs % IN == 0, PRECISION="ieee", num_warps=4,
-            num_stages=4 if rows <= 16 else 3, enable_fp_fusion=False,
+            OUT=few.out, IN=few.inputs, ROWS=room, BLOCK=block, NESTED=nested,
+            WHOLE=outputs % few.out == 0 and inputs % few.inputs == 0, PRECISION="ieee",
+            num_warps=few.warps, num_stages=few.stages, enable_fp_fusion=False,
         )  # fmt: skip
         if parts > 1:
             _sum_parts[(-(-y.numel() // 1024),)](sums, y, y.numel(), PARTS=parts, SIZE=1024, num_warps=4)
