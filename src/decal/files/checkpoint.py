@@ -53,7 +53,7 @@ def _file_of(folder: Path) -> dict[str, Path]:
             return {}
         with safe_open(folder / WEIGHTS, framework="pt") as file:
             return dict.fromkeys(file.keys(), folder / WEIGHTS)
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DecalError(f"the checkpoint is damaged ({error})", got=folder, fix="Download it again.") from None
 
 

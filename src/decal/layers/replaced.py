@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from decal.errors import Unsupported
+from decal.layers.coded import CodedBase, CodedLinear
+from decal.layers.dense import WideLinear
 from decal.layers.routing import Routing, Switch
 
 
@@ -23,7 +25,7 @@ class ReplacedModule(nn.Module):
 
     def add(self, name: str, *, tied_to: nn.Module | None = None) -> None:
         """Copy the original for adapter `name`; with `tied_to` the copy's weight is that module's own parameter."""
-        module = copy.deepcopy(self.original_module)
+        module = copy.deepcopy(_trainable(self.original_module))
         if tied_to is not None:
             module.weight = tied_to.weight
         self.modules_to_save[name] = module.requires_grad_(True)
@@ -68,3 +70,13 @@ class ReplacedModule(nn.Module):
             return super().__getattr__(name)
         except AttributeError:
             return getattr(self.current(), name)
+
+
+def _trainable(module: nn.Module) -> nn.Module:
+    """Return `module`, or a dense layer in the place of a coded one, whose codes cannot be trained."""
+    if not isinstance(module, CodedLinear):
+        return module
+    dense = WideLinear(module.in_features, module.out_features, bias=False, device="meta")
+    dense.weight = nn.Parameter(CodedBase(module).dense(module.dtype))
+    dense.register_parameter("bias", module.bias)
+    return dense

@@ -149,18 +149,17 @@ def write(model: Any, folder: Path) -> None:
     bytes_of = {f"{name}.{part}" for name in layers for part in ("weight", "scales")}
     rest = {key: tensor for key, tensor in model.state_dict().items() if key not in bytes_of}
     model.save_pretrained(folder, state_dict=rest, max_shard_size=SHARD)
-    found: CodedLinear | None = None
+    last: CodedLinear | None = None
     with Writer(folder) as writer:
         for name, layer in layers.items():
-            found = layer.coded() if isinstance(layer, StreamedLinear) else layer
-            writer.add(dense_tensors(name, layer) if found is None else coded_tensors(name, found))
-    if forms:
-        assert isinstance(found, NF4Linear)
-        wide = [
-            name for name, m in model.named_modules() if type(m) in LINEAR or (name in layers and name not in forms)
-        ]
+            coded = layer.coded() if isinstance(layer, StreamedLinear) else layer
+            writer.add(dense_tensors(name, layer) if coded is None else coded_tensors(name, coded))
+            last = last if coded is None else coded
+    if last is not None:
+        assert isinstance(last, NF4Linear), "coded_tensors takes no other"
+        wide = [n for n, m in model.named_modules() if type(m) in LINEAR or (n in layers and n not in forms)]
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        config["quantization_config"] = bnb_files.config(found.kind, found.block, found.double_quant, wide)
+        config["quantization_config"] = bnb_files.config(last.kind, last.block, last.double_quant, wide)
         rundir.write_json(folder / "config.json", config)
 
 

@@ -34,8 +34,8 @@ def merged(model: PeftModel, *, dtype: torch.dtype | None, observe: Observe | No
     plain: Any = model.get_base_model()
     names = model.switch.active
     for name, module in list(targets.modules(plain)):
-        layer = targets.original(module)
         adapted = isinstance(module, Adapted)
+        layer = targets.original(module) if adapted else module
         if isinstance(layer, CodedLinear) and (adapted or dtype is not None):
             place(plain, name, _summed(module, layer, names, dtype, observe).train(module.training))
         elif isinstance(module, Adapted) and observe is not None:
