@@ -16,6 +16,9 @@ class StreamedLinear(CodedLinear):
     `form` makes an empty layer of a coded format. So a model larger than memory can be run once, one weight at a time.
     """
 
+    source: Callable[[], Tensor]
+    form: Callable[[], CodedLinear] | None
+
     def __init__(
         self,
         in_features: int,

@@ -59,14 +59,15 @@ def _summed(
     rounded = _rounding(dtype or layer.dtype) if form is None else partial(_coded_and_back, form=form)
 
     def source() -> Tensor:
-        base = module.base if isinstance(module, Adapted) else CodedBase(layer)
-        W = base.dense(torch.float32)
-        if isinstance(module, Adapted):
-            change = module.change(names)
-            if change is not None:
-                if observe is not None:
-                    observe(W, change, rounded)
-                W = W + change
+        change = module.change(names) if isinstance(module, Adapted) else None
+        if change is None:
+            as_stored = isinstance(layer, StreamedLinear) and layer.form is None
+            W = layer.source() if as_stored else CodedBase(layer).dense(torch.float32)
+        else:
+            W = CodedBase(layer).dense(torch.float32)
+            if observe is not None:
+                observe(W, change, rounded)
+            W += change
         return W if form is not None else W.to(dtype or layer.dtype)
 
     new = StreamedLinear(

@@ -26,6 +26,7 @@ from decal.layers.streamed import StreamedLinear
 from decal.model import quantized, summed
 from decal.model.load import compute_in_fp32, load_model, named_dtype
 from decal.model.wrapper import PeftModel
+from decal.ops import workspace
 from decal.recipes import compare
 from decal.spec import DataConfig, QuantConfig
 
@@ -171,6 +172,7 @@ def merge(
         refuse_lost(best, candidates)
     plain = load_summed(stack, best.into, None if best.into == CODED else wanted, stored, None)
     stop_at(plain, asked.stop_ids)
+    workspace.release()
     try:
         with rundir.new_folder(out) as new:
             quantized.write(plain, new)
