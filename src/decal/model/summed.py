@@ -60,14 +60,13 @@ def _summed(
 
     def source() -> Tensor:
         change = module.change(names) if isinstance(module, Adapted) else None
-        if change is None:
-            as_stored = isinstance(layer, StreamedLinear) and layer.form is None
-            W = layer.source() if as_stored else CodedBase(layer).dense(torch.float32)
-        else:
-            W = CodedBase(layer).dense(torch.float32)
+        if change is None and isinstance(layer, StreamedLinear) and layer.form is None:
+            return layer.source().to(dtype or layer.dtype)
+        W = CodedBase(layer).dense(torch.float32)
+        if change is not None:
             if observe is not None:
                 observe(W, change, rounded)
-            W += change
+            W = W + change
         return W if form is not None else W.to(dtype or layer.dtype)
 
     new = StreamedLinear(
