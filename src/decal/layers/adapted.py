@@ -202,7 +202,11 @@ class AdaptedLinear(Adapted):
         autocast = torch.is_autocast_enabled(x.device.type)
         compute = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
         exact = compute in WIDE or not self.base.on_output_grid
-        return exact and x.numel() // x.shape[-1] >= MERGE_ROWS.get(x.device.type, MERGE_ROWS["cuda"])
+        return (
+            exact
+            and self.base.readable
+            and x.numel() // x.shape[-1] >= MERGE_ROWS.get(x.device.type, MERGE_ROWS["cuda"])
+        )
 
     def _routed(self, x: Tensor) -> Tensor:
         """Way 3: the base once for all tokens, then each adapter's change on its own tokens."""

@@ -15,6 +15,7 @@ from decal.layers.embedding import EmbeddingDoRA, EmbeddingLoRA
 from decal.layers.int8_linear import Int8Linear
 from decal.layers.lora import LinearLoRA, LoRA, ResidualLoRA
 from decal.layers.nf4_linear import NF4Linear
+from decal.layers.owned import OwnedBase, is_owned
 from decal.layers.seams import Base
 from decal.layers.streamed import StreamedLinear
 from decal.spec import LoraConfig
@@ -40,9 +41,11 @@ def adapter_kind(config: LoraConfig) -> Literal["lora", "residual", "dora"]:
 
 
 def base_of(layer: nn.Module) -> Base | None:
-    """Return the layer seen as a frozen weight, or None if its class is in no line of FORMATS.
+    """Return the layer seen as a frozen weight, or None if its class is in no line of FORMATS and no library's own.
 
     Exact classes only: a library's subclass may store or multiply its weight in a way that the table does not know.
     """
     view = FORMATS.get(type(layer))
-    return view(layer) if view else None
+    if view is not None:
+        return view(layer)
+    return OwnedBase(layer) if is_owned(layer) else None

@@ -81,6 +81,7 @@ class CodedBase:
 
     on_output_grid = False
     overwritten = False
+    readable = True
 
     def __init__(self, layer: CodedLinear) -> None:
         self.layer = layer

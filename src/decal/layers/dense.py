@@ -18,6 +18,7 @@ class DenseBase:
     """A view of an nn.Linear as a Base; the Linear keeps the parameters."""
 
     overwritten = True
+    readable = True
 
     def __init__(self, layer: nn.Module) -> None:
         self.layer: Any = layer

@@ -34,6 +34,11 @@ class Base(Protocol):
         ...
 
     @property
+    def readable(self) -> bool:
+        """Whether `dense`, `dense_plus` and `holding` work; else only the products do."""
+        ...
+
+    @property
     def overwritten(self) -> bool:
         """Whether `holding` writes into the layer itself."""
         ...
