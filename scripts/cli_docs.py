@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,7 @@ def words(parameter: Any) -> str:
 
 def default(parameter: Any) -> str:
     """Return a plain default where the help text does not name one."""
-    value = parameter.default
+    value = parameter.default.value if isinstance(parameter.default, Enum) else parameter.default
     shown = isinstance(value, (int, float, str)) and not isinstance(value, bool) and parameter.show_default
     return f" (default: {value})" if shown else ""
 

@@ -85,5 +85,5 @@ def test_measures_are_their_formulas() -> None:
     tally.add(W, change, lambda weight: weight.bfloat16())
     written = (W + change).bfloat16().double() - W.bfloat16().double()
     survived = (written * change).sum() / (change.double() ** 2).sum()
-    assert tally.rounding().survived == pytest.approx(survived.item(), rel=1e-6)
+    assert tally.rounding().survived == pytest.approx(survived.item(), rel=1e-5)  # fp32 sums over 256 rows at a time
     assert tally.rounding().unchanged == pytest.approx((written == 0).double().mean().item(), rel=1e-6)

@@ -142,7 +142,7 @@ def test_what_is_summed_is_shown_with_what_writing_does(tmp_path: Path) -> None:
     seen: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def observe(W: Tensor, change: Tensor, rounded: summed.Rounded) -> None:
-        seen.append((W, change, rounded(W + change)))
+        seen.append((W.clone(), change, rounded(W + change)))
 
     model = load(base, folder, stream=True)
     changes = [layer.get_delta_weight("default") for name, layer in _adapted(model)]

@@ -46,13 +46,13 @@ def merge(
     ] = None,
     dtype: Annotated[Dtype | None, typer.Option(help="Of the merged weights (default: as the base is stored).")] = None,
     into: Annotated[
-        Into, typer.Option(help="After a 4-bit training: what the change is added to (auto: what measures best).")
+        Into, typer.Option(help="After a 4-bit training: what the change is added to; auto takes what measures best.")
     ] = Into.auto,
     data: Annotated[
         str | None, typer.Option("--data", "-d", help="Rows to measure on (default: four bundled prompts).")
     ] = None,
     force: Annotated[
-        bool, typer.Option("--force", help="Write it even if it is nearer to the untouched base.")
+        bool, typer.Option("--force", help="Write it even if the update is lost, or the base is another one.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the measurements as JSON.")] = False,
 ) -> None:

@@ -22,7 +22,8 @@ from decal.model.inject import place
 from decal.model.wrapper import PeftModel
 
 Rounded = Callable[[Tensor], Tensor]
-Observe = Callable[[Tensor, Tensor, Rounded], None]  # (W, its change, what writing does to a weight), as it is summed
+# (W, its change, what writing does to a weight), just before the two are summed, in W's own memory
+Observe = Callable[[Tensor, Tensor, Rounded], None]
 
 
 def merged(model: PeftModel, *, dtype: torch.dtype | None, observe: Observe | None = None) -> Any:
@@ -66,7 +67,7 @@ def _summed(
         if change is not None:
             if observe is not None:
                 observe(W, change, rounded)
-            W = W + change
+            W += change
         return W if form is not None else W.to(dtype or layer.dtype)
 
     new = StreamedLinear(

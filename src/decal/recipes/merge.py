@@ -342,11 +342,11 @@ class Tally:
         """Add one weight W (out, in) and its change."""
         after, before = rounded(W + change), rounded(W)
         for a, b, delta in zip(*(torch.split(part, CHUNK) for part in (after, before, change)), strict=True):
-            written, moved = a.double() - b.double(), delta != 0
-            self.along += float((written * delta).sum())
-            self.square += float(delta.double().square().sum())
-            self.same += int(((written == 0) & moved).sum())
+            written, moved = a.float().sub_(b), delta != 0
+            self.along += float(torch.dot(written.flatten(), delta.flatten()))
+            self.square += float(torch.dot(delta.flatten(), delta.flatten()))
             self.changed += int(moved.sum())
+            self.same += int(moved.logical_and_(written == 0).sum())
 
     def rounding(self) -> Rounding:
         """Return the shares."""
