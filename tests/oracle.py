@@ -12,7 +12,8 @@ import peft
 import torch
 from torch import Tensor
 
-from decal.model.wrapper import PeftModel, get_peft_model
+from decal.api import get_peft_model
+from decal.model.wrapper import PeftModel
 from decal.spec import LoraConfig
 from tests import models
 

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from decal.api import AutoPeftModelForCausalLM as AutoPeftModelForCausalLM
     from decal.api import AutoPeftModelForSequenceClassification as AutoPeftModelForSequenceClassification
+    from decal.api import get_peft_model as get_peft_model
     from decal.api import train as train
     from decal.errors import DecalError as DecalError
     from decal.model.load import load_model as load_model
     from decal.model.load import load_tokenizer as load_tokenizer
     from decal.model.quantized import prepare_model_for_kbit_training as prepare_model_for_kbit_training
     from decal.model.wrapper import PeftModel as PeftModel
-    from decal.model.wrapper import get_peft_model as get_peft_model
     from decal.spec import DataConfig as DataConfig
     from decal.spec import LoraConfig as LoraConfig
     from decal.spec import PeftConfig as PeftConfig
@@ -38,7 +38,7 @@ _EXPORTS = {
     "RunConfig": "decal.spec",
     "TaskType": "decal.spec",
     "TrainConfig": "decal.spec",
-    "get_peft_model": "decal.model.wrapper",
+    "get_peft_model": "decal.api",
     "load_model": "decal.model.load",
     "load_tokenizer": "decal.model.load",
     "prepare_model_for_kbit_training": "decal.model.quantized",

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from decal import LoraConfig, TaskType, get_peft_model
+from decal.layers.nf4_linear import NF4Linear
 from tests.integration import tiny
 
 DOCS = Path(__file__).parents[2] / "docs_src"
@@ -173,9 +174,16 @@ def test_the_complete_lab(here: Path) -> None:
     assert found["trainer"].state.global_step == 6
 
 
-@pytest.mark.xfail(raises=ImportError, strict=True, reason="4-bit base: not there yet")
 def test_qlora(here: Path) -> None:
-    run("qlora")
+    model = run("qlora")["model"]
+    coded = [m for m in model.modules() if isinstance(m, NF4Linear)]
+    assert len(coded) == 14  # seven in each of two layers: bitsandbytes' became decal's
+    assert all(layer.double_quant for layer in coded)
+    ids = torch.tensor([[5, 9, 14, 3]])
+    model.train()(input_ids=ids, labels=ids).loss.backward()
+    trained = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    assert len(trained) == 28
+    assert all(grad is not None and bool(grad.any()) for name, grad in trained.items() if "lora_B" in name)
 
 
 def test_every_fragment_is_tested() -> None:

@@ -13,8 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from decal.api import get_peft_model
 from decal.errors import DecalError
-from decal.model.wrapper import PeftModel, get_peft_model
+from decal.model.wrapper import PeftModel
 from decal.spec import LoraConfig
 from tests import models, oracle
 

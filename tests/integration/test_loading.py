@@ -8,10 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from decal import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
+import decal
+from decal import AutoPeftModelForCausalLM, LoraConfig, PeftModel, TaskType, get_peft_model, load_model
+from decal.errors import ConfigError, DecalError, Unsupported
 from tests.integration import tiny
+
+LORA_A = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight"
 
 
 @pytest.fixture
@@ -88,3 +93,44 @@ def test_the_package_reads_and_writes_no_pickles() -> None:
     calls = ("torch.save(", "torch.load(", "pickle.dump", "pickle.load", "import pickle")
     found = [f"{path.name}: {call}" for path in root.rglob("*.py") for call in calls if call in path.read_text("utf-8")]
     assert not found
+
+
+def test_a_checkpoint_that_lacks_a_weight_is_refused(base: Path) -> None:
+    tensors = load_file(base / "model.safetensors")
+    del tensors["model.layers.1.self_attn.q_proj.weight"]
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(DecalError, match=r"lacks 1 of the model's weights.*layers\.1\.self_attn\.q_proj"):
+        load_model(base)
+
+
+def test_a_head_for_a_new_task_may_start_at_random(base: Path) -> None:
+    model = load_model(base, task=TaskType.SEQ_CLS, num_labels=3)
+    assert model.get_submodule("score").weight.shape[0] == 3
+
+
+def test_a_truncated_checkpoint_is_named(base: Path) -> None:
+    file = base / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:5000])
+    with pytest.raises(DecalError, match=r"checkpoint is damaged.*model\.safetensors"):
+        load_model(base)
+
+
+def test_words_that_mean_nothing_are_refused(base: Path, adapter: Path) -> None:
+    with pytest.raises(ConfigError, match="unknown dtype"):
+        load_model(base, dtype="fp31")
+    with pytest.raises(Unsupported, match="no code from a model's repository"):
+        AutoPeftModelForCausalLM.from_pretrained(adapter, trust_remote_code=True)
+    with pytest.raises(ConfigError, match="RunConfig or a file"):
+        decal.train({"model": "m"})  # type: ignore[arg-type]
+
+
+def test_pefts_words_for_placing_an_adapter_are_accepted(base: Path, adapter: Path) -> None:
+    plain = PeftModel.from_pretrained(load_model(base), adapter)
+    asked = PeftModel.from_pretrained(load_model(base), adapter, device_map="auto", torch_dtype=torch.bfloat16)
+    assert asked.state_dict().keys() == plain.state_dict().keys()
+    assert asked.get_parameter(LORA_A).dtype == plain.get_parameter(LORA_A).dtype
+
+
+def test_a_choice_that_decal_made_is_logged(base: Path, caplog: pytest.LogCaptureFixture) -> None:
+    get_peft_model(load_model(base), LoraConfig())
+    assert "all-linear" in caplog.text  # q_proj and v_proj are PEFT's choice for Llama

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from decal.api import get_peft_model
 from decal.layers import adapted
 from decal.layers.adapted import AdaptedLinear
 from decal.layers.catalog import ADAPTERS, adapter_kind, base_of
 from decal.layers.dense import WideLinear
 from decal.layers.routing import Routing, Switch
-from decal.model.wrapper import PeftModel, get_peft_model
+from decal.model.wrapper import PeftModel
 from decal.spec import LoraConfig
 from tests import models, oracle
 

@@ -11,9 +11,10 @@ import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 
+from decal.api import get_peft_model
 from decal.errors import AdapterError, DecalError
 from decal.layers.adapted import Adapted, AdaptedLinear
-from decal.model.wrapper import PeftModel, get_peft_model
+from decal.model.wrapper import PeftModel
 from decal.spec import LoraConfig
 from tests import models, oracle
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GPT2Config, GPT2LMHeadModel
 
 import decal
+from decal.api import get_peft_model
 from decal.bundled import MODEL_DIR
 from decal.errors import AdapterError, ConfigError, DecalError, Unsupported
 from decal.layers import adapted
@@ -21,7 +22,6 @@ from decal.layers.int8_linear import Int8Linear
 from decal.layers.nf4_linear import NF4Linear
 from decal.model import quantized
 from decal.model.load import load_model
-from decal.model.wrapper import get_peft_model
 from decal.spec import LoraConfig, QuantConfig
 from tests import models
 from tests.integration import tiny

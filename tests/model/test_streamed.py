@@ -11,12 +11,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from decal.api import get_peft_model
 from decal.files.checkpoint import Checkpoint
 from decal.layers.coded import CodedLinear
 from decal.layers.streamed import StreamedLinear
 from decal.model import quantized, summed
 from decal.model.load import load_model
-from decal.model.wrapper import PeftModel, get_peft_model
+from decal.model.wrapper import PeftModel
 from decal.spec import LoraConfig
 from tests import models
 

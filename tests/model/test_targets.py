@@ -9,10 +9,10 @@ import torch
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as PEFTS_TABLE
 from torch import nn
 
+from decal.api import get_peft_model
 from decal.errors import ConfigError, DecalError, TargetError, Unsupported
 from decal.layers.adapted import Adapted
 from decal.model.default_targets import DEFAULT_TARGETS
-from decal.model.wrapper import get_peft_model
 from decal.spec import LoraConfig, TaskType
 from tests import models, oracle
 

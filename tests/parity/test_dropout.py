@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from decal.model.wrapper import PeftModel, get_peft_model
+from decal.api import get_peft_model
+from decal.model.wrapper import PeftModel
 from decal.spec import LoraConfig
 from tests import models, oracle
 

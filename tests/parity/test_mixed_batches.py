@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 import torch
 
+from decal.api import get_peft_model
 from decal.errors import AdapterError, DecalError, Unsupported
 from decal.layers.routing import Routing, Segment
-from decal.model.wrapper import PeftModel, get_peft_model
+from decal.model.wrapper import PeftModel
 from decal.spec import LoraConfig
 from tests import models, oracle
 

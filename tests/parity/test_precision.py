@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 
+from decal.api import get_peft_model
 from decal.layers import adapted
-from decal.model.wrapper import PeftModel, get_peft_model
+from decal.model.wrapper import PeftModel
 from decal.spec import LoraConfig
 from tests import models, oracle
 
@@ -104,6 +105,18 @@ def test_autocast_computes_in_16_bits_with_fp32_masters() -> None:
     truth = oracle.logits(copy.deepcopy(ours).double(), ids)
     assert (got - truth).norm() < 1.5 * (expected - truth).norm()
     assert {g.dtype for g in grads.values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("way", [1, 10**9], ids=["merged", "side branch"])
+def test_autocast_over_an_fp32_base_gives_the_gradients_of_fp32(way: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(adapted.MERGE_ROWS, "cpu", way)
+    ours, _ = oracle.pair("llama", dtype=torch.float32, size=0.02, target_modules="all-linear")
+    ids = models.tokens()
+    exact = oracle.gradients(ours, ids)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rounded = oracle.gradients(ours, ids)
+    for name, gradient in exact.items():  # bf16 keeps 8 bits: some tens of roundings of 2^-9 on the way
+        assert (rounded[name] - gradient).norm() < 0.05 * gradient.norm(), name
 
 
 def test_a_padding_row_learns_nothing(tmp_path: Path) -> None:

@@ -10,8 +10,9 @@ import peft
 import pytest
 import torch
 
+from decal.api import get_peft_model
 from decal.errors import AdapterError, Unsupported
-from decal.model.wrapper import PeftModel, get_peft_model
+from decal.model.wrapper import PeftModel
 from decal.spec import LoraConfig
 from tests import models, oracle
 

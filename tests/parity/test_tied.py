@@ -12,8 +12,9 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
+from decal.api import get_peft_model
 from decal.errors import TargetError
-from decal.model.wrapper import PeftModel, get_peft_model
+from decal.model.wrapper import PeftModel
 from decal.spec import LoraConfig
 from tests import models, oracle
 

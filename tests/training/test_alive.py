@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from decal.api import get_peft_model
 from decal.errors import RunError
-from decal.model.wrapper import get_peft_model
 from decal.spec import LoraConfig
 from decal.training.alive import without_gradient
 from tests import models

@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from decal.api import get_peft_model
 from decal.data import pack
 from decal.data.batch import IGNORE, Batch
 from decal.data.mask import Sample
 from decal.errors import DataError, RunError
 from decal.evaluate.loss import evaluate
-from decal.model.wrapper import get_peft_model
 from decal.spec import LoraConfig
 from decal.training.losses import SFT
 from tests import models

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from decal.api import get_peft_model
 from decal.data import pack
 from decal.data.batch import IGNORE, Batch
 from decal.data.mask import Sample
 from decal.model.load import compute_in_fp32
-from decal.model.wrapper import get_peft_model
 from decal.spec import LoraConfig
 from decal.training import losses
 from decal.training.head import why_not_chunked

@@ -57,6 +57,17 @@ def _file_of(folder: Path) -> dict[str, Path]:
         raise DecalError(f"the checkpoint is damaged ({error})", got=folder, fix="Download it again.") from None
 
 
+def damaged(folder: Path) -> Path | None:
+    """Return the first safetensors file of `folder` that cannot be read, if there is one."""
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="pt") as handle:
+                handle.keys()
+        except (SafetensorError, OSError):
+            return file
+    return None
+
+
 def fingerprint(folder: Path) -> str | None:
     """Return what tells this checkpoint's weights from others, however they are split into files; None without any.
 

@@ -107,7 +107,7 @@ class CodedBase:
         return self.layer.dtype
 
     def matmul(self, x: Tensor) -> Tensor:
-        x = _as_computed(x)
+        x = merged.as_computed(x)
         if x.numel() <= FEW_ROWS * self.in_features and not (torch.is_grad_enabled() and x.requires_grad):
             y = self.layer.multiply(x.reshape(-1, self.in_features))
             if y is not None:
@@ -115,7 +115,7 @@ class CodedBase:
         return merged.frozen_linear(x, self._in_buffer)
 
     def matmul_plus(self, x: Tensor, change: Tensor) -> Tensor:
-        return merged.frozen_linear(_as_computed(x), self._in_buffer, change)
+        return merged.frozen_linear(merged.as_computed(x), self._in_buffer, change)
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         return self.layer.decode(torch.empty(self.out_features, self.in_features, dtype=dtype, device=self.device))
@@ -142,9 +142,3 @@ def uncounted(model: nn.Module) -> int:
     """Return how many parameters a model's codes stand for beyond the bytes that they are stored in."""
     coded = [m for m in model.modules() if isinstance(m, Coded)]
     return sum(m.weights - m.weight.numel() - m.scales.numel() for m in coded)
-
-
-def _as_computed(x: Tensor) -> Tensor:
-    """Return x in autocast's dtype, where it is on."""
-    kind = x.device.type
-    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x

@@ -125,3 +125,21 @@ class WideEmbedding(nn.Embedding):
     def forward(self, ids: Tensor) -> Tensor:
         rows: Tensor = super().forward(ids)
         return rows.float()
+
+
+WIDE: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Linear: WideLinear,
+    nn.Embedding: WideEmbedding,
+    Conv1D: WideConv1D,
+}
+
+
+def widened(module: nn.Module) -> nn.Module | None:
+    """Return the layer of WIDE that has all that a 16-bit `module` has, its parameters themselves; None for others."""
+    wide = WIDE.get(type(module))
+    weight = getattr(module, "weight", None)
+    if wide is None or not isinstance(weight, Tensor) or weight.dtype not in SIXTEEN_BIT:
+        return None
+    new = wide.__new__(wide)
+    new.__dict__.update(module.__dict__)
+    return new

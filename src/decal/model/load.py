@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -16,24 +18,20 @@ from transformers import (
     AutoTokenizer,
     GenerationConfig,
 )
-from transformers.pytorch_utils import Conv1D
 
 from decal import locate
-from decal.errors import DecalError, Unsupported
-from decal.layers.dense import SIXTEEN_BIT, WideConv1D, WideEmbedding, WideLinear
+from decal.errors import ConfigError, DecalError, Unsupported
+from decal.files import checkpoint
+from decal.layers.dense import SIXTEEN_BIT, WIDE, widened
 from decal.model import quantizer, streamed
 from decal.model.inject import place
+from decal.model.targets import HEADS
 from decal.spec import QuantConfig, TaskType
 
 CLASSES = {TaskType.CAUSAL_LM: AutoModelForCausalLM, TaskType.SEQ_CLS: AutoModelForSequenceClassification}
 MAPPINGS = {
     TaskType.CAUSAL_LM: MODEL_FOR_CAUSAL_LM_MAPPING,
     TaskType.SEQ_CLS: MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
-}
-WIDE: dict[type[nn.Module], type[nn.Module]] = {
-    nn.Linear: WideLinear,
-    nn.Embedding: WideEmbedding,
-    Conv1D: WideConv1D,
 }
 
 
@@ -51,6 +49,7 @@ def load_model(
     quantize: str | QuantConfig | None = None,
     double_quant: bool = True,
     quantization_config: Any = None,
+    attn_implementation: str | None = None,
     observe: quantizer.Observe | None = None,
     stream: bool = False,
 ) -> nn.Module:
@@ -82,23 +81,10 @@ def load_model(
         device_map = {"": target}  # each tensor is encoded on the card
     if device_map is not None:
         extra["device_map"] = device_map
-    coded = "state_dict" in extra  # transformers takes a folder or tensors, and tensors only with the model's own class
-    loader: Any = MAPPINGS[task][type(config)] if coded else CLASSES[task]
-    try:
-        model: Any = loader.from_pretrained(
-            None if coded else path,
-            config=config,
-            dtype="auto" if wanted is None else named_dtype(wanted),
-            local_files_only=True,
-            **extra,
-        )
-    except RuntimeError:
-        if "quantization_config" in extra and extra["quantization_config"].refusal is not None:
-            raise extra["quantization_config"].refusal from None
-        raise
-    _forget_quantizer(model)
-    if coded and (path / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(path, local_files_only=True)
+    if attn_implementation is not None:
+        extra["attn_implementation"] = attn_implementation
+    model = _read(path, config, task, "auto" if wanted is None else named_dtype(wanted), extra)
+    model.base_fingerprint = checkpoint.fingerprint(path)  # what adapters are sealed with
     model.name_or_path = str(name)  # what adapters record as their base: as the user named it
     if device_map is None:
         model.to(target)
@@ -106,6 +92,43 @@ def load_model(
         compute_in_fp32(model)
     loaded: nn.Module = model.eval()
     return loaded
+
+
+def _read(path: Path, config: Any, task: TaskType, dtype: str | torch.dtype, extra: dict[str, Any]) -> Any:
+    """Return transformers' model with every weight from the checkpoint, as a plain model."""
+    coded = "state_dict" in extra  # transformers takes a folder or tensors, and tensors only with the model's own class
+    loader: Any = MAPPINGS[task][type(config)] if coded else CLASSES[task]
+    try:
+        model, read = loader.from_pretrained(
+            None if coded else path,
+            config=config,
+            dtype=dtype,
+            local_files_only=True,
+            output_loading_info=True,
+            **extra,
+        )
+    except RuntimeError:
+        if "quantization_config" in extra and extra["quantization_config"].refusal is not None:
+            raise extra["quantization_config"].refusal from None
+        raise
+    except SafetensorError as error:
+        raise DecalError(
+            f"the checkpoint is damaged ({error})",
+            got=checkpoint.damaged(path) or path,
+            fix="Download or copy this file again.",
+        ) from None
+    heads = HEADS.get(task, ())  # a new task's head starts at random; nothing else may
+    lost = sorted(key for key in read["missing_keys"] if not set(key.split(".")) & set(heads))
+    if lost:
+        raise DecalError(
+            f"the checkpoint lacks {len(lost)} of the model's weights, which would be random numbers",
+            got=f"{path} without {', '.join(lost[:3])}{', ...' if len(lost) > 3 else ''}",
+            fix="Download it again, or check that config.json is this checkpoint's.",
+        )
+    _forget_quantizer(model)
+    if coded and (path / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(path, local_files_only=True)
+    return model
 
 
 def quant_settings(
@@ -173,9 +196,15 @@ def default_device() -> torch.device:
 
 
 def named_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
-    """Return a torch dtype for its short name ("bf16", "fp32", ...); other values are passed on."""
-    names = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-    return names.get(dtype, dtype) if isinstance(dtype, str) else dtype
+    """Return a torch dtype for its name ("bf16", "float32", ...); "auto" and dtypes are passed on."""
+    if not isinstance(dtype, str) or dtype == "auto":
+        return dtype
+    found = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}.get(
+        dtype, getattr(torch, dtype, None)
+    )
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ConfigError("unknown dtype", got=dtype, fix='Use "fp32", "bf16", "fp16" or "auto".')
+    return found
 
 
 def compute_in_fp32(model: nn.Module) -> None:
@@ -184,21 +213,14 @@ def compute_in_fp32(model: nn.Module) -> None:
     So are now the weights that a model's own code multiplies with: routers, and experts that are not coded.
     """
     for name, module in list(model.named_modules()):
-        wide = WIDE.get(type(module))
-        if wide is not None and module.weight.dtype in SIXTEEN_BIT:
-            place(model, name, _adopted(wide, module))
+        wide = widened(module)
+        if wide is not None:
+            place(model, name, wide)
     for module in model.modules():
         lasting = isinstance(module, (*WIDE.values(), nn.Embedding))
         for parameter in module.parameters(recurse=False):
             if parameter.dtype in SIXTEEN_BIT and not (lasting and parameter.dim() > 1):
                 parameter.data = parameter.data.float()
-
-
-def _adopted(wide: type[nn.Module], module: nn.Module) -> nn.Module:
-    """Return a `wide` that has everything of `module`: its parameters themselves, settings and hooks."""
-    new = wide.__new__(wide)
-    new.__dict__.update(module.__dict__)
-    return new
 
 
 def _refuse_non_model(path: Any) -> None:

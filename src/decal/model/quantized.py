@@ -22,6 +22,7 @@ from decal.files.bnb_files import Stored
 from decal.files.checkpoint import SHARD, Writer
 from decal.layers.coded import Coded, CodedBase, CodedLinear
 from decal.layers.coded_experts import CodedExperts
+from decal.layers.dense import widened
 from decal.layers.int8_linear import Int8Linear
 from decal.layers.nf4_linear import NF4Linear, check_bytes, scale_bytes
 from decal.layers.streamed import StreamedLinear
@@ -91,8 +92,13 @@ def prepare_model_for_kbit_training(
     """Freeze `model`, compute its norms in fp32, and checkpoint its layers (PEFT's function of this name); return it.
 
     Embeddings and head keep their dtype: fp32 copies of them would cost 2 GiB and a fifth of the speed on an 8B model,
-    and the loss is computed in fp32 without. Only non-reentrant checkpointing, which reaches every adapter.
+    and the loss is computed in fp32 without. 16-bit linear layers widen their weight for an fp32 input as they use it.
+    Only non-reentrant checkpointing, which reaches every adapter.
     """
+    for name, module in list(model.named_modules()):
+        wide = widened(module) if type(module) in LINEAR else None
+        if wide is not None:
+            place(model, name, wide)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
         if parameter.is_floating_point() and parameter.dim() == 1:

@@ -18,7 +18,7 @@ from decal.files import hub, peft_files
 from decal.layers.adapted import Adapted
 from decal.layers.coded import uncounted
 from decal.layers.routing import Routing, Switch
-from decal.model import foreign, generate, merging, quantized, recompute, saved
+from decal.model import foreign, generate, merging, recompute, saved
 from decal.model.adapters import Adapters
 from decal.model.biases import TrainedBiases
 from decal.model.inject import Injection, Wrapper, check_choice, check_known, check_new, unwrap_empty
@@ -26,7 +26,7 @@ from decal.spec import LoraConfig
 
 
 class PeftModel(nn.Module):
-    """A model whose frozen weights carry named, switchable changes. Make one with `get_peft_model`."""
+    """A model whose frozen weights carry named, switchable changes. People make one with `decal.get_peft_model`."""
 
     peft_type = "LORA"
 
@@ -298,8 +298,14 @@ class PeftModel(nn.Module):
         *,
         revision: str | None = None,
         subfolder: str | None = None,
+        device_map: Any = None,
+        dtype: Any = None,
+        torch_dtype: Any = None,
     ) -> PeftModel:
-        """Return `model` with a saved adapter on it. Missing, extra, misshapen or NaN tensors raise AdapterError."""
+        """Return `model` with a saved adapter on it. Missing, extra, misshapen or NaN tensors raise AdapterError.
+
+        `device_map` and dtypes are PEFT's and change nothing: an adapter lies where its base's weights lie.
+        """
         read, tensors = saved.fetch(model_id, model, revision=revision, subfolder=subfolder)
         config = saved.for_loading(config or read, is_trainable=is_trainable)
         fp32 = autocast_adapter_dtype
@@ -378,21 +384,3 @@ class PeftModel(nn.Module):
         peft = sys.modules.get("peft")
         foreign: type | None = getattr(peft, "PeftModel", None)
         return type(self) if foreign is None else foreign
-
-
-def get_peft_model(
-    model: nn.Module,
-    peft_config: LoraConfig,
-    adapter_name: str = "default",
-    autocast_adapter_dtype: bool = True,
-    low_cpu_mem_usage: bool = False,
-    *,
-    generator: Generator | None = None,
-) -> PeftModel:
-    """Freeze `model` and put a new adapter on it; layers that bitsandbytes holds in 4 bits become decal's, same bytes.
-
-    Raises TargetError for targets that match nothing.
-    """
-    quantized.adopt(model)
-    how = {"autocast_adapter_dtype": autocast_adapter_dtype, "low_cpu_mem_usage": low_cpu_mem_usage}
-    return PeftModel(model, peft_config, adapter_name, **how, generator=generator)

@@ -57,8 +57,18 @@ class _Merged(torch.autograd.Function):
         return dx, dA, dB, dbias, *[None] * (len(ctx.needs_input_grad) - 4)
 
 
+def as_computed(x: Tensor) -> Tensor:
+    """Return x in autocast's dtype, where it is on."""
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+
+
 def merged_linear(x: Tensor, A: Tensor, B: Tensor, bias: Tensor | None, s: float, form: FormWeight) -> Tensor:
-    """Return x (W + s·B·A)ᵀ + bias, (..., in) -> (..., out); `form` writes W + s·B·A. Double backward raises."""
+    """Return x (W + s·B·A)ᵀ + bias, (..., in) -> (..., out), in autocast's dtype where that is on.
+
+    `form` writes W + s·B·A. Double backward raises.
+    """
+    x = as_computed(x)
     recipe = remake.recipe(x)
     operation, inputs = (None, ()) if recipe is None else (recipe.operation, recipe.inputs)
     out: Tensor = _Merged.apply(x, A, B, bias, s, form, operation, *inputs)  # type: ignore[no-untyped-call]

@@ -24,7 +24,7 @@ from decal.evaluate.loss import evaluate
 from decal.files import checkpoint, sealed
 from decal.model.lean import lean
 from decal.model.load import load_model, load_tokenizer
-from decal.model.wrapper import get_peft_model
+from decal.model.wrapper import PeftModel
 from decal.rundir import RunDir
 from decal.spec import RunConfig
 from decal.training import logs, loop, losses, manifest, plan, precision, start, state
@@ -144,7 +144,7 @@ def trainable_model(config: RunConfig, numbers: Precision) -> Any:
         quantize=config.quantize,
     )
     if train.method == "lora":
-        model = get_peft_model(model, config.lora, generator=torch.Generator().manual_seed(train.seed))
+        model = PeftModel(model, config.lora, generator=torch.Generator().manual_seed(train.seed))
     else:
         model.requires_grad_(True)
     if not any(parameter.requires_grad for parameter in model.parameters()):

@@ -157,8 +157,7 @@ def merge(
     tuned = stack.load()
     stored = main_dtype(tuned)
     wanted = stored if dtype is None else named_dtype(dtype)
-    if not isinstance(wanted, torch.dtype):
-        raise ConfigError("unknown dtype", got=dtype, fix="Use fp32, bf16 or fp16.")
+    assert isinstance(wanted, torch.dtype)
     ways = ways_for(tuned, stack, into)
     proof = prove(tuned, proof_rows(tokenizer, asked, data, prompts))
     del tuned
