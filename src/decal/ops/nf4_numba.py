@@ -19,6 +19,7 @@ from torch import Tensor
 from decal.ops import nf4
 
 CHUNK = 1 << 20  # elements widened or rounded at a time where numpy has no such dtype; a multiple of every block size
+GROUP = 4096  # elements coded at a time: the largest block
 ALONE = 1 << 17  # elements below which one thread is enough
 COMPILED: dict[str, Any] = {"nogil": True, "cache": True, "boundscheck": False, "error_model": "numpy"}
 
@@ -91,34 +92,57 @@ def _decode(packed: Any, absmax: Any, table: Any, out: Any, block: int, first: i
 def _encode(
     x: Any, bits: Any, t: Any, order: Any, packed: Any, absmax: Any, absmax_bits: Any, block: int, first: int, last: int
 ) -> None:
-    n, tiny, rising = len(x), np.float32(1e-38), order[0] == 0  # NF4's codes rise with its levels, FP4's do not
-    codes = np.empty(4096, np.uint8)  # of the largest block
-    t0, t1, t2, t3, t4, t5, t6, t7 = t[0], t[1], t[2], t[3], t[4], t[5], t[6], t[7]
-    t8, t9, t10, t11, t12, t13, t14 = t[8], t[9], t[10], t[11], t[12], t[13], t[14]
-    for b in range(first, last):
-        start, stop = b * block, min((b + 1) * block, n)
+    rising = order[0] == 0  # NF4's codes rise with its levels, FP4's do not
+    unit, codes = np.empty(GROUP, np.float32), np.empty(GROUP + 1, np.uint8)
+    for b in range(first, last, GROUP // block):
+        start, stop = b * block, min(min(b + GROUP // block, last) * block, len(x))
+        _divide(x, bits, absmax, absmax_bits, unit, block, start, stop)
+        size = stop - start
+        _rank(unit, t, codes, size)
+        if size % 2:
+            codes[size] = 7  # the level of zero
+            size += 1
+        if not rising:
+            for i in range(size):
+                codes[i] = order[codes[i]]
+        half = start // 2
+        for i in range(size // 2):
+            packed[half + i] = (codes[2 * i] << 4) | codes[2 * i + 1]
+
+
+@njit(**COMPILED)  # type: ignore[untyped-decorator]  # numba has no types
+def _divide(x: Any, bits: Any, absmax: Any, absmax_bits: Any, unit: Any, block: int, first: int, last: int) -> None:
+    """Write x / absmax of each block into unit, for elements first to last; and absmax."""
+    tiny = np.float32(1e-38)
+    for start in range(first, last, block):
+        b, stop, to = start // block, min(start + block, last), start - first
         largest = np.uint32(0)
         for i in range(start, stop):  # magnitudes compared as integers: in this order, and Inf and NaN come out on top
             largest = max(largest, bits[i] & np.uint32(0x7FFFFFFF))
         absmax_bits[b] = largest
-        whole = stop - start == block
-        if not whole:
+        if stop - start == block:
+            scale = np.float32(1) / max(absmax[b], tiny)
+            for i in range(block):
+                unit[to + i] = x[start + i] * scale
+        else:
             absmax[b] = max(absmax[b], tiny)
-        scale = np.float32(1) / max(absmax[b], tiny)
-        for i in range(start, stop):
-            v = x[i] * scale
-            if not whole:
-                v = x[i] / absmax[b]
-            codes[i - start] = (
-                np.uint8(v > t0) + np.uint8(v > t1) + np.uint8(v > t2) + np.uint8(v > t3) + np.uint8(v > t4)
-                + np.uint8(v > t5) + np.uint8(v > t6) + np.uint8(v > t7) + np.uint8(v > t8) + np.uint8(v > t9)
-                + np.uint8(v > t10) + np.uint8(v > t11) + np.uint8(v > t12) + np.uint8(v > t13) + np.uint8(v > t14)
-            )  # fmt: skip
-        half = start // 2
-        if (stop - start) % 2:
-            codes[stop - start] = 7  # the level of zero
-        if not rising:
-            for i in range((stop - start + 1) // 2 * 2):
-                codes[i] = order[codes[i]]
-        for i in range((stop - start + 1) // 2):
-            packed[half + i] = (codes[2 * i] << 4) | codes[2 * i + 1]
+            for i in range(stop - start):
+                unit[to + i] = x[start + i] / absmax[b]
+
+
+@njit(**COMPILED)  # type: ignore[untyped-decorator]  # numba has no types
+def _rank(unit: Any, t: Any, codes: Any, size: int) -> None:
+    """Write how many of the 15 thresholds lie below each value: counted in floats, for that is compiled to vectors."""
+    t0, t1, t2, t3, t4, t5, t6, t7 = t[0], t[1], t[2], t[3], t[4], t[5], t[6], t[7]
+    t8, t9, t10, t11, t12, t13, t14 = t[8], t[9], t[10], t[11], t[12], t[13], t[14]
+    for i in range(size):
+        v = unit[i]
+        below = _over(v, t0) + _over(v, t1) + _over(v, t2) + _over(v, t3) + _over(v, t4)
+        below += _over(v, t5) + _over(v, t6) + _over(v, t7) + _over(v, t8) + _over(v, t9)
+        below += _over(v, t10) + _over(v, t11) + _over(v, t12) + _over(v, t13) + _over(v, t14)
+        codes[i] = np.uint8(np.int32(below))
+
+
+@njit(inline="always")
+def _over(v: Any, threshold: Any) -> Any:
+    return np.float32(1) if v > threshold else np.float32(0)
