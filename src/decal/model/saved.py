@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -19,7 +19,7 @@ from decal.layers.embedding import TiedLoRA
 from decal.layers.lora import ResidualLoRA
 from decal.layers.replaced import ReplacedModule
 from decal.layers.tokens import TokenRows
-from decal.model import targets
+from decal.model import inject, targets
 from decal.spec import LoraConfig
 
 if TYPE_CHECKING:
@@ -221,7 +221,7 @@ def refuse_other_shape(model: nn.Module, config: LoraConfig, given: Mapping[str,
                 fix=fix,
             ) from None
         size = getattr(layer, "in_features", None)
-        if isinstance(size, int) and tensor.shape[1] != size:
+        if isinstance(size, int) and tensor.dim() == 2 and tensor.shape[1] != size:
             raise AdapterError(
                 f"{where} is for another base: {layer_name!r} takes {size} features here",
                 got=f"{tensor.shape[1]} in the file",
@@ -239,6 +239,22 @@ def refuse_other_change(held: LoraConfig, read: LoraConfig, *, where: str) -> No
                 got=f"{other}, where the model has {mine}",
                 fix="Load it under a new name, or delete_adapter first.",
             )
+
+
+def selected(chosen: Sequence[str] | None, loaded: Iterable[str]) -> list[str]:
+    """Return the names of the adapters to save (None: all); raise AdapterError for no name and for unknown ones."""
+    names = list(loaded)
+    if chosen is None:
+        return names
+    if isinstance(chosen, str) or not chosen:
+        raise AdapterError(
+            "selected_adapters must be a list of one or more adapters' names",
+            got=repr(chosen),
+            fix=f"Loaded are {', '.join(names)}; leave selected_adapters out to save all.",
+        )
+    for name in chosen:
+        inject.check_known(name, names)
+    return list(chosen)
 
 
 def refuse_foreign_state(model: PeftModel, state: Mapping[str, Tensor] | None) -> None:
