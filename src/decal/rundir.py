@@ -8,9 +8,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,11 @@ def new_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def step_of(checkpoint: Path) -> int:
+    """Return the step that a checkpoint's folder is named after."""
+    return int(checkpoint.name.removeprefix("step-"))
+
+
 class RunDir:
     """One run's folder, opened for writing by train and for reading by everything else."""
 
@@ -81,23 +87,61 @@ class RunDir:
 
     def holds_run(self) -> bool:
         """Whether a run has been written here."""
-        return (self.path / RUN).exists()
+        return os.path.isfile(self.path / RUN)  # False, too, where nothing may be read
 
     def check_free(self) -> None:
-        """Raise RunError for a folder that already holds a run, or holds anything else."""
+        """Raise RunError for a folder that already holds a run or anything else, or that cannot be made."""
+        self.check_writable()
         if self.holds_run():
+            begun = bool(self.checkpoints()) or self.adapter.exists() or self.model.exists()
             raise RunError(
-                "the output folder already holds a run",
+                "the output folder already holds a run"
+                if begun
+                else "the output folder already holds a run that wrote neither a checkpoint nor a result",
                 got=self.path,
-                fix=f"Choose another --output, or continue it: decal train {self.path / RUN} --resume.",
+                fix=f"Choose another --output, or continue it: decal train {self.path / RUN} --resume."
+                if begun
+                else "If it is no longer running, delete the folder; or choose another --output.",
             )
-        if self.path.is_file() or (self.path.is_dir() and any(self.path.iterdir())):
+        if self.path.is_dir() and any(self.path.iterdir()):
             raise RunError("the output folder is not empty", got=self.path, fix="Choose another --output.")
+
+    def check_writable(self) -> None:
+        """Raise RunError if the folder cannot be made or written to; leave nothing that was not there."""
+        made: list[Path] = []
+        try:
+            for folder in (*reversed(self.path.parents), self.path):
+                if not folder.is_dir():
+                    folder.mkdir()
+                    made.append(folder)
+            with tempfile.TemporaryFile(dir=self.path):
+                pass
+        except OSError as error:
+            raise self._unusable(error) from None
+        finally:
+            with suppress(OSError):  # another process has put something there meanwhile
+                for folder in reversed(made):
+                    folder.rmdir()
+
+    def _unusable(self, error: OSError) -> RunError:
+        files = [path for path in (self.path, *self.path.parents) if os.path.isfile(path)]
+        if files:
+            return RunError(
+                "a file lies where the output folder should be", got=files[0], fix="Choose another --output."
+            )
+        return RunError(
+            f"the output folder cannot be made or written to ({error.strerror or error})",
+            got=self.path,
+            fix="Choose another --output, in a folder that you may write to.",
+        )
 
     def claim(self, run_yaml: str) -> None:
         """Start a new run here; refuse a folder that already holds one, or holds anything else."""
         self.check_free()
-        write_bytes(self.path / RUN, run_yaml.encode())
+        try:
+            write_bytes(self.path / RUN, run_yaml.encode())
+        except OSError as error:
+            raise self._unusable(error) from None
 
     def event(self, kind: str, **fields: Any) -> dict[str, Any]:
         """Append one line to events.jsonl and return it."""
@@ -111,8 +155,16 @@ class RunDir:
         file = self.path / EVENTS
         if not file.exists():
             return []
-        lines = file.read_text(encoding="utf-8").split("\n")
-        return [json.loads(line) for line in lines[:-1] if line]
+        lines = file.read_bytes().split(b"\n")
+        events = []
+        for number, line in enumerate(lines[:-1], start=1):
+            try:
+                events += [json.loads(line)] if line else []
+            except ValueError as error:  # no JSON, or no UTF-8
+                raise RunError(
+                    f"line {number} of {EVENTS} is damaged ({error})", got=file, fix="Delete that line."
+                ) from None
+        return events
 
     def rewind(self, step: int) -> None:
         """Drop the events of steps after `step`: a resumed run writes them again."""
@@ -123,14 +175,24 @@ class RunDir:
         write_json(self.path / MANIFEST, dict(manifest))
 
     def manifest(self) -> dict[str, Any]:
-        value: dict[str, Any] = json.loads((self.path / MANIFEST).read_text(encoding="utf-8"))
+        """Return what the run says of itself. Raises RunError if the file is damaged."""
+        file = self.path / MANIFEST
+        try:
+            value: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+            value["data"]["digest"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise RunError(
+                f"{MANIFEST} is damaged ({type(error).__name__}: {error})",
+                got=file,
+                fix="Delete it: --resume writes it anew, but cannot tell then whether the data are still the same.",
+            ) from None
         return value
 
     def checkpoints(self) -> list[Path]:
         """Return the complete checkpoints, oldest first; half-written ones are not among them."""
         found = (self.path / CHECKPOINTS).glob("step-*")
         whole = [path for path in found if (path / COMPLETE).is_file()]
-        return sorted(whole, key=lambda path: int(path.name.removeprefix("step-")))
+        return sorted(whole, key=step_of)
 
     @contextmanager
     def checkpoint(self, step: int) -> Iterator[Path]:

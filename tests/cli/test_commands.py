@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -173,6 +174,61 @@ def test_inspect_sees_what_is_odd(decal: Decal, run: Path, tmp_path: Path) -> No
         assert part in odd
     file.write_bytes(file.read_bytes()[:100])
     assert "damaged" in decal.fine("inspect", adapter).out
+
+
+def test_inspect_lists_a_layer_whose_factors_do_not_fit(decal: Decal, run: Path, tmp_path: Path) -> None:
+    adapter = tmp_path / "adapter"
+    shutil.copytree(run / "adapter", adapter)
+    file = adapter / "adapter_model.safetensors"
+    whole = {key: tensor.clone() for key, tensor in load_file(file).items()}
+    layer = "model.layers.0.self_attn.q_proj"
+    A, B = (f"base_model.model.{layer}.lora_{end}.weight" for end in "AB")
+    count = sum(".lora_A." in key for key in whole)
+
+    save_file({**whole, A: torch.ones(3, 3)}, file)
+    facts = json.loads(decal.fine("inspect", adapter, "--json").out)
+    assert layer in [delta["layer"] for delta in facts["deltas"]]
+    shape = tuple(whole[B].shape)
+    assert facts["odd"] == [
+        f"A and B do not fit each other in 1 of {count} layers, such as {layer}: A is (3, 3), B is {shape}",
+        f"A has another rank than r or rank_pattern says in 1 of {count} layers, such as {layer}: 3, not 16",
+    ]
+    said = decal.fine("inspect", adapter, "--layers").out
+    assert f"{layer} " in said
+    assert "nothing odd" not in said
+    assert "3, 16" in decal.fine("inspect", adapter).out
+
+    save_file(
+        {**whole, A: whole[A][:4].contiguous(), B: whole[B][:, :4].contiguous()}, file
+    )  # they fit, in another rank
+    (odd,) = json.loads(decal.fine("inspect", adapter, "--json").out)["odd"]
+    assert odd.endswith(f"{layer}: 4, not 16")
+    settings = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps({**settings, "rank_pattern": {rf"0\.{layer[15:]}": 4}}))
+    (odd,) = json.loads(decal.fine("inspect", adapter, "--json").out)["odd"]
+    assert odd.startswith("rank_pattern")  # told, as all that is not PEFT's default; the rank is as it says
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda A: A.to(torch.int8), "stored as int8"),
+        (lambda A: A.to(torch.float8_e4m3fn), "stored as float8_e4m3fn"),
+        (lambda A: A[:0], "empty"),
+        (lambda A: A[0], "do not fit each other"),
+    ],
+)
+def test_inspect_names_tensors_that_are_no_factors(
+    decal: Decal, run: Path, tmp_path: Path, change: Callable[[torch.Tensor], torch.Tensor], said: str
+) -> None:
+    adapter = tmp_path / "adapter"
+    shutil.copytree(run / "adapter", adapter)
+    file = adapter / "adapter_model.safetensors"
+    tensors = load_file(file)
+    first = next(key for key in tensors if ".lora_A." in key)
+    save_file({**tensors, first: change(tensors[first]).contiguous()}, file)
+    assert any(said in line for line in json.loads(decal.fine("inspect", adapter, "--json").out)["odd"])
+    decal.fine("inspect", adapter, "--layers")
 
 
 def test_targets_and_params_agree_with_a_real_adapter(decal: Decal, model: Path, run: Path) -> None:

@@ -57,6 +57,15 @@ def truncated(folder: Path) -> None:
     file.write_bytes(file.read_bytes()[:-100])
 
 
+def emptied(folder: Path) -> None:
+    (folder / "adapter_model.safetensors").write_bytes(b"")
+
+
+def cast(dtype: torch.dtype) -> Damage:
+    """Return what stores all tensors as another dtype."""
+    return tensors(lambda state: state.update({key: tensor.to(dtype) for key, tensor in state.items()}))
+
+
 def pickled(folder: Path) -> None:
     (folder / "adapter_model.safetensors").unlink()
     (folder / "adapter_model.bin").write_bytes(pickle.dumps({"weights": 1}))
@@ -94,14 +103,23 @@ BAD: dict[str, tuple[Damage, str]] = {
     "NaN": (tensors(lambda s: s[FIRST].view(-1)[3].fill_(float("nan"))), "1 NaN or infinite"),
     "infinity": (tensors(lambda s: s[FIRST].view(-1)[3].fill_(float("inf"))), "1 NaN or infinite"),
     "another rank": (tensors(lambda s: s.update({FIRST: torch.ones(3, 32)})), r"\(3, 32\).*\(8, 32\)"),
+    "another size": (tensors(lambda s: s.update({FIRST: torch.ones(8, 30)})), r"takes 32 features.*30 in the file"),
+    "no matrix": (tensors(lambda s: s.update({FIRST: torch.ones(8)})), r"\(8,\).*\(8, 32\)"),
+    "int8": (cast(torch.int8), r"lora_[AB].* is stored as int8.*8 of 8 tensors"),
+    "int64": (cast(torch.int64), "is stored as int64"),
+    "8-bit floats": (cast(torch.float8_e4m3fn), "is stored as float8_e4m3fn"),
+    "one tensor of bytes": (tensors(lambda s: s.update({FIRST: s[FIRST].to(torch.uint8)})), "stored as uint8.*1 of 8"),
     "an empty shard": (tensors(lambda s: s.update({FIRST: torch.ones(0)})), "empty|another shape|another base"),
     "another rank in the configuration": (config(r=16), "another shape"),
     "truncated": (truncated, "damaged or cut short"),
+    "no bytes": (emptied, "damaged or cut short"),
     "not safetensors": (garbled, "damaged"),
     "a pickle": (pickled, "pickle"),
     "no weights": (without("adapter_model.safetensors"), "no adapter_model.safetensors"),
     "no configuration": (without("adapter_config.json"), "no adapter_config.json"),
     "a broken configuration": (as_text("{"), "not JSON"),
+    "an empty configuration file": (as_text(""), "not JSON"),
+    "a configuration cut short": (as_text('{"peft_type": "LORA", "r": 8, "targ'), "not JSON"),
     "a configuration that is a list": (as_text("[]"), "must hold an object"),
     "another method": (config(peft_type="VERA"), "VERA"),
     "an option of PEFT's": (config(use_qalora=True), "use_qalora"),
@@ -131,6 +149,15 @@ def test_the_error_says_what_and_the_model_is_as_it_was(adapter: Path, damage: D
     assert list(model.peft_config) == ["default"]
     assert model.state_dict().keys() == keys
     assert torch.equal(oracle.logits(model, ids), mine)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_every_float_that_adapters_are_stored_in_is_read(adapter: Path, dtype: torch.dtype) -> None:
+    cast(dtype)(adapter)
+    model = PeftModel.from_pretrained(models.make("llama"), adapter)
+    state = load_file(adapter / "adapter_model.safetensors")
+    first = model.get_base_model().model.layers[0].self_attn.q_proj.lora_A["default"].weight
+    assert torch.equal(first, state[FIRST].to(first.dtype))
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "wider"])

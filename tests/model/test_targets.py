@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +14,9 @@ from torch import nn
 from decal.api import get_peft_model
 from decal.errors import ConfigError, DecalError, TargetError, Unsupported
 from decal.layers.adapted import Adapted
+from decal.model import saved
 from decal.model.default_targets import DEFAULT_TARGETS
+from decal.model.wrapper import PeftModel
 from decal.spec import LoraConfig, TaskType
 from tests import models, oracle
 
@@ -78,6 +82,54 @@ BAD: dict[str, tuple[str, dict[str, Any], type[Exception], str]] = {
     "no such layer number": ("llama", {"target_modules": ["q_proj"], "layers_to_transform": 7}, TargetError, "no la"),
     "a layer of another kind": ("llama", {"target_modules": ["norm"]}, TargetError, "cannot adapt"),
     "a module of layers": ("llama", {"target_modules": ["mlp"]}, TargetError, "cannot adapt"),
+    "exclude_modules misspelt": (
+        "llama",
+        {"target_modules": "all-linear", "exclude_modules": ["k_proj", "vproj"]},
+        TargetError,
+        "'vproj' matched no module.*nearest is 'v_proj'",
+    ),
+    "an exclude_modules pattern that matches nothing": (
+        "llama",
+        {"target_modules": "all-linear", "exclude_modules": r"model\.layer\..*"},
+        TargetError,
+        "regular expression for whole names",
+    ),
+    "a name in exclude_modules that is taken as a pattern": (
+        "llama",
+        {"target_modules": "all-linear", "exclude_modules": "v_proj"},
+        TargetError,
+        r"Use a list of names, exclude_modules=\['v_proj'\]",
+    ),
+    "a key of rank_pattern misspelt": (
+        "llama",
+        {"target_modules": ["q_proj", "v_proj"], "rank_pattern": {"q_proj": 4, "vproj": 2}},
+        TargetError,
+        "rank_pattern 'vproj' matched no adapted layer; nearest is 'v_proj'",
+    ),
+    "a key of rank_pattern that is no pattern": (
+        "llama",
+        {"target_modules": ["q_proj"], "rank_pattern": {"(q_proj": 4}},
+        TargetError,
+        "is no pattern",
+    ),
+    "a key of alpha_pattern for a layer that is not adapted": (
+        "llama",
+        {"target_modules": ["q_proj"], "alpha_pattern": {"down_proj": 2.0}},
+        TargetError,
+        "alpha_pattern 'down_proj' matched no adapted layer.*Adapted are q_proj",
+    ),
+    "one layer number of two": (
+        "llama",
+        {"target_modules": ["q_proj"], "layers_to_transform": [0, 99]},
+        TargetError,
+        "layers_to_transform names 99, .*There are layers 0, 1",
+    ),
+    "a layers_pattern misspelt": (
+        "llama",
+        {"target_modules": ["q_proj"], "layers_to_transform": [0], "layers_pattern": "layer"},
+        TargetError,
+        "layers_pattern='layer'.*numbered under layers",
+    ),
     "modules_to_save misspelt": (
         "llama",
         {"target_modules": ["q_proj"], "modules_to_save": ["lmhead"]},
@@ -150,6 +202,41 @@ def test_a_wrong_target_is_named_and_the_model_untouched(
     oracle.logits(good, models.tokens())
 
 
+FINE: dict[str, dict[str, Any]] = {
+    "an exclude_modules of a layer that is no target": {"exclude_modules": ["lm_head"]},
+    "an exclude_modules pattern": {"exclude_modules": r".*\.1\..*"},
+    "patterns in a pattern": {"rank_pattern": {r"layers\.[01]\.self_attn\.(q|k)_proj": 4}},
+    "a key behind another that matches the same layers": {"rank_pattern": {"q_proj": 4, r"0\.self_attn\.q_proj": 2}},
+    "a full name": {"alpha_pattern": {"model.layers.0.self_attn.q_proj": 2.0}},
+    "a layer number": {"layers_to_transform": 1, "layers_pattern": "layers"},
+}
+
+
+@pytest.mark.parametrize("options", FINE.values(), ids=FINE)
+def test_what_peft_matches_is_matched(options: dict[str, Any]) -> None:
+    settings: dict[str, Any] = {"target_modules": ["q_proj", "v_proj"], **options}
+    model = get_peft_model(models.make("llama"), LoraConfig(**settings))
+    theirs = oracle.theirs_of(models.make("llama"), settings)
+    shapes = {name: tuple(p.shape) for name, p in oracle.trained(model).items()}
+    assert shapes == {name: tuple(p.shape) for name, p in oracle.trained(theirs).items()}
+
+
+def test_a_file_of_pefts_may_hold_settings_that_name_nothing(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {
+        "target_modules": ["q_proj"],
+        "exclude_modules": ["vproj"],
+        "rank_pattern": {"vproj": 2},
+        "layers_to_transform": [0, 99],
+    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT's, of the exclude_modules
+        theirs = oracle.theirs_of(models.make("llama"), settings)
+    theirs.save_pretrained(tmp_path)
+    model = PeftModel.from_pretrained(models.make("llama"), tmp_path)
+    model.load_adapter(tmp_path, "second")
+    assert names(model) == ["model.layers.0.self_attn.q_proj"]
+
+
 @pytest.mark.parametrize(
     ("options", "key"),
     [
@@ -202,6 +289,52 @@ def test_a_name_that_cannot_be_an_adapters_is_refused(name: str) -> None:
         model.add_adapter(name, LoraConfig(target_modules=["v_proj"]))
     assert list(model.peft_config) == ["default"]
     oracle.logits(model, models.tokens())
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["/elsewhere/x", "a/b", "a\\b", "..", ".", "../x", " ", "\t", " a", "a ", "a\nb", "a\x00b", "\u200b"],
+)
+def test_a_name_that_is_no_folder_of_its_own_is_refused(name: str, tmp_path: Path) -> None:
+    """An adapter is saved in a folder of its name: "/elsewhere/x" would be written there, whatever was asked for."""
+    config = LoraConfig(target_modules=["q_proj"])
+    with pytest.raises(DecalError, match="name") as raised:
+        get_peft_model(models.make("llama"), config, adapter_name=name)
+    assert raised.value.fix
+    model = get_peft_model(models.make("llama"), config)
+    model.save_pretrained(tmp_path)
+    for add in (lambda: model.add_adapter(name, config), lambda: model.load_adapter(tmp_path, name)):
+        with pytest.raises(DecalError, match="name"):
+            add()
+    assert list(model.peft_config) == ["default"]
+
+
+def test_names_of_one_plain_word_or_more_are_fine(tmp_path: Path) -> None:
+    config = LoraConfig(target_modules=["q_proj"])
+    model = get_peft_model(models.make("llama"), config)
+    for name in ("french", "größe-2", "two words"):
+        model.add_adapter(name, config)
+        model.save_pretrained(tmp_path)
+        assert (tmp_path / name / "adapter_config.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("chosen", "text"),
+    [
+        ([], "one or more"),
+        ((), "one or more"),
+        ("french", "must be a list"),
+        (["french", "frenhc"], "nearest is 'french'"),
+    ],
+)
+def test_a_selection_to_save_must_name_loaded_adapters(chosen: Any, text: str) -> None:
+    with pytest.raises(DecalError, match=text):
+        saved.selected(chosen, ["default", "french"])
+
+
+def test_a_selection_to_save_is_taken_as_it_is() -> None:
+    assert saved.selected(None, ["default", "french"]) == ["default", "french"]
+    assert saved.selected(("french",), ["default", "french"]) == ["french"]
 
 
 @pytest.mark.parametrize("act", ["set_adapter", "delete_adapter", "merge_adapter", "save_pretrained"])

@@ -9,7 +9,8 @@ import torch
 
 from decal.api import get_peft_model
 from decal.errors import AdapterError, DecalError, Unsupported
-from decal.layers.routing import Routing, Segment
+from decal.layers.routing import Routing, Segment, rows_of
+from decal.model.generate import generate
 from decal.model.wrapper import PeftModel
 from decal.spec import LoraConfig
 from tests import models, oracle
@@ -214,16 +215,36 @@ def test_a_segments_weight_scales_the_change() -> None:
     [
         (["default", "nobody", "b"], AdapterError, "no adapter is named 'nobody'"),
         (["default", "defualt", "b"], AdapterError, "nearest is 'default'"),
-        (["default", "b"], DecalError, "2 rows"),
+        (["default", "b"], DecalError, "2 rows|names: 2, rows: 3"),
+        ("default", AdapterError, "must be a list of names"),
+        ([], AdapterError, r"must be a list of names.*got: \[\]"),
+        (["default", None, "b"], AdapterError, "must be a list of names"),
     ],
 )
-def test_bad_names_raise_and_leave_the_model_usable(names: list[str], error: type[Exception], text: str) -> None:
+def test_bad_names_raise_and_leave_the_model_usable(names: Any, error: type[Exception], text: str) -> None:
     model = two_adapters("llama", *KINDS["plain, other ranks and targets"])
     ids = models.tokens()
     before = oracle.logits(model, ids)
     with pytest.raises(error, match=text):
         oracle.logits(model, ids, adapter_names=names)
     assert torch.equal(oracle.logits(model, ids), before)
+
+
+def test_names_are_counted_against_the_rows_of_the_batch() -> None:
+    ids = models.tokens(rows=3)
+    for args, kwargs in (((ids,), {}), ((), {"input_ids": ids}), ((), {"inputs": ids, "inputs_embeds": None})):
+        rows = rows_of(args, kwargs)
+        assert Routing.by_row(["default", "__base__", "b"], rows=rows).rows == 3
+        with pytest.raises(AdapterError, match=r"one name for each row.*names: 2, rows: 3"):
+            Routing.by_row(["default", "b"], rows=rows)
+    assert rows_of((), {"labels": ids}) is None
+
+
+@pytest.mark.parametrize("names", [["default"], ["default"] * 3, "de"])
+def test_generation_from_prompts_counts_its_names_first(names: Any) -> None:
+    model = two_adapters("llama", *KINDS["plain, other ranks and targets"])
+    with pytest.raises(AdapterError, match="adapter_names must"):
+        generate(model, None, ["one", "two"], adapter_names=names)
 
 
 def test_what_cannot_be_routed_is_refused_by_name() -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -193,9 +195,8 @@ def test_a_run_that_would_learn_nothing_is_stopped_at_its_first_step(
         finetune(config(folder, output="dead", data={"eval_rows": 0}, eval_every=None))
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_its_checkpoint(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def break_the_loss(monkeypatch: pytest.MonkeyPatch, *, after: int) -> None:
+    """Let the loss of a run be NaN after so many steps."""
     calls = 0
 
     def sometimes(model: Any, note: Any) -> Any:
@@ -208,13 +209,98 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_its_checkpoint(
                 nonlocal calls
                 calls += 1
                 total, count = plain(model, batch)
-                return total * (math.nan if calls > 2 * 5 else 1.0), count
+                return total * (math.nan if calls > 2 * after else 1.0), count
 
         return Broken()
 
     monkeypatch.setattr(losses, "LOSSES", {"sft": sometimes})
-    with pytest.raises(RunError, match="loss is not finite"):
-        finetune(config(folder, output="nan", data={"eval_rows": 0}, eval_every=None))
-    (checkpoint,) = RunDir(folder / "nan").checkpoints()
+
+
+@pytest.mark.parametrize(
+    ("precision", "change"), [("fp32", "Lower train.lr."), ("bf16", "Lower train.lr or use train.precision=fp32.")]
+)
+def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_its_checkpoint(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, precision: str, change: str
+) -> None:
+    break_the_loss(monkeypatch, after=5)
+    settings = config(folder, output=f"nan-{precision}", precision=precision, data={"eval_rows": 0}, eval_every=None)
+    with pytest.raises(RunError, match="loss is not finite") as raised:
+        finetune(settings)
+    assert raised.value.fix == f"{change} The last whole checkpoint is step-3; other settings need a new --output."
+    with pytest.raises(RunError, match="--resume"):
+        finetune(settings)
+    (checkpoint,) = RunDir(folder / f"nan-{precision}").checkpoints()
     assert checkpoint.name == "step-3"
     assert all(t.isfinite().all() for t in load_file(checkpoint / "trainable.safetensors").values())
+
+
+@pytest.mark.parametrize(
+    ("precision", "cause"),
+    [("fp32", "most likely the model's weights hold NaN"), ("bf16", "try train.precision=fp32")],
+)
+def test_a_run_that_fails_at_its_first_step_says_that_nothing_was_written(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, precision: str, cause: str
+) -> None:
+    break_the_loss(monkeypatch, after=0)
+    settings = config(folder, output=f"first-{precision}", precision=precision, data={"eval_rows": 0}, eval_every=None)
+    with pytest.raises(RunError, match="loss is not finite") as raised:
+        finetune(settings)
+    assert cause in raised.value.fix
+    assert "No checkpoint was written: delete" in raised.value.fix
+    assert "Lower train.lr" not in raised.value.fix
+    with pytest.raises(RunError, match="neither a checkpoint nor a result") as raised:
+        finetune(settings)
+    assert "delete the folder" in raised.value.fix
+    assert "--resume" not in raised.value.fix
+
+
+def file_in_the_way(folder: Path) -> Path:
+    (folder / "taken").write_text("")
+    return folder / "taken"
+
+
+def file_above(folder: Path) -> Path:
+    (folder / "taken").write_text("")
+    return folder / "taken" / "run"
+
+
+def in_proc(folder: Path) -> Path:
+    if not Path("/proc").is_dir():
+        pytest.skip("no /proc here")
+    return Path("/proc/decal/run")
+
+
+def read_only(folder: Path) -> Path:
+    if os.geteuid() == 0:
+        pytest.skip("root may write everywhere")
+    (folder / "read-only").mkdir(mode=0o500)
+    return folder / "read-only"
+
+
+def in_a_read_only_folder(folder: Path) -> Path:
+    return read_only(folder) / "run"
+
+
+@pytest.mark.parametrize(
+    ("place", "text"),
+    [
+        (file_in_the_way, "a file lies where the output folder should be"),
+        (file_above, r"a file lies where the output folder should be .*/taken\)"),
+        (in_proc, "cannot be made or written to"),
+        (read_only, "cannot be made or written to .Permission denied"),
+        (in_a_read_only_folder, "cannot be made or written to .Permission denied"),
+        (lambda folder: folder / ("long" * 100), "cannot be made or written to .File name too long"),
+    ],
+)
+def test_an_output_that_cannot_be_made_is_refused_first(
+    place: Callable[[Path], Path], text: str, tmp_path: Path
+) -> None:
+    output = place(tmp_path)
+    with pytest.raises(RunError, match=text) as raised:
+        finetune(config(tmp_path, output=str(output)))  # a folder without a model or data: nothing of them is read
+    assert "--output" in raised.value.fix
+
+
+def test_looking_whether_an_output_can_be_made_leaves_nothing(tmp_path: Path) -> None:
+    RunDir(tmp_path / "a" / "b").check_free()
+    assert not list(tmp_path.iterdir())

@@ -101,7 +101,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_move(bad: float) -> 
     with torch.no_grad():
         model.model.norm.weight[3] = bad
     before = [p.clone() for p in model.parameters()]
-    with pytest.raises(RunError, match=r"the loss is not finite.*last checkpoint is whole"):
+    with pytest.raises(RunError, match="the loss is not finite"):
         step(model, optim.build(model, TrainConfig(lr=1.0)), split((4,)))
     assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(before, model.parameters(), strict=True))
 

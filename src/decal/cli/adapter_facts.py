@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from decal.errors import AdapterError, DecalError
-from decal.files.peft_files import PICKLES, PREFIX, WEIGHTS
+from decal.files.peft_files import PICKLES, PREFIX, WEIGHTS, name_of, of_other_dtype
 from decal.ops import lora
 from decal.spec import ADAPTER_CONFIG, IGNORED, NEUTRAL, LoraConfig
 
@@ -27,14 +27,16 @@ TOLD = {  # fields that have lines of their own, or change nothing once the adap
 
 @dataclass(frozen=True, kw_only=True)
 class Delta:
-    """One layer's change: the Frobenius norm of s·B·A, and the norms of its factors."""
+    """One layer's change: the Frobenius norm of s·B·A (NaN where they do not fit), and those of its factors."""
 
     layer: str
-    rank: int
+    rank: int  # of A, as the file has it
+    rank_set: int | None  # by r and rank_pattern; None without a configuration
     scale: float
     norm: float
     norm_A: float
     norm_B: float
+    misfit: str | None = None  # the shapes of A and B if there is no product of them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +78,7 @@ def read(folder: Path) -> Facts:
         others=tuple(sorted(set(tensors) - factors)),
         parameters=sum(tensor.numel() for tensor in tensors.values()),
         bytes=file.stat().st_size if file.is_file() else 0,
-        dtypes=tuple(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()})),
+        dtypes=tuple(sorted({name_of(tensor.dtype) for tensor in tensors.values()})),
         odd=tuple(odd),
     )
 
@@ -125,32 +127,44 @@ def delta_of(key: str, tensors: dict[str, Tensor], config: LoraConfig | None) ->
     if not found or partner not in tensors:
         return None
     A, B = tensors[key].double(), tensors[partner].double()
-    if A.dim() != 2 or B.dim() != 2 or A.shape[0] != B.shape[1]:
-        return None
-    rank = A.shape[0]
-    s = scale_of(layer, rank, config)
+    rank_set, s = settings_of(layer, config)
     # ||BA||² = tr(AᵀBᵀBA) = <BᵀB, AAᵀ>: two r x r matrices, never the dense product.
-    square = float(((B.T @ B) * (A @ A.T)).sum())
-    norm = abs(s) * math.sqrt(max(square, 0.0)) if math.isfinite(square) else square
-    return Delta(layer=layer, rank=rank, scale=s, norm=norm, norm_A=float(A.norm()), norm_B=float(B.norm()))
+    fit = A.dim() == B.dim() == 2 and A.shape[0] == B.shape[1]
+    square = float(((B.T @ B) * (A @ A.T)).sum()) if fit else math.nan
+    return Delta(
+        layer=layer,
+        rank=A.shape[0] if A.dim() else 0,
+        rank_set=rank_set,
+        scale=s,
+        norm=abs(s) * math.sqrt(max(square, 0.0)) if math.isfinite(square) else square,
+        norm_A=float(A.norm()),
+        norm_B=float(B.norm()),
+        misfit=None if fit else f"A is {tuple(A.shape)}, B is {tuple(B.shape)}",
+    )
 
 
-def scale_of(layer: str, rank: int, config: LoraConfig | None) -> float:
-    """Return s of one layer, alpha_pattern included."""
+def settings_of(layer: str, config: LoraConfig | None) -> tuple[int | None, float]:
+    """Return the rank and s that a configuration gives one layer, rank_pattern and alpha_pattern included."""
     if config is None:
-        return 1.0
+        return None, 1.0
     from decal.model.targets import _by_pattern
 
+    rank = _by_pattern(config.rank_pattern, layer, config.r)
     alpha = _by_pattern(config.alpha_pattern, layer, config.lora_alpha)
-    return lora.scale(alpha, rank, rank_stabilized=config.use_rslora)
+    return rank, lora.scale(alpha, rank, rank_stabilized=config.use_rslora)
 
 
 def oddities(
     settings: dict[str, Any], config: LoraConfig | None, tensors: dict[str, Tensor], deltas: list[Delta]
 ) -> list[str]:
     """Return what a person should look at, one line each."""
-    odd = []
-    broken = [key for key, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+    odd = misshapen(tensors, deltas)
+    if other := of_other_dtype(tensors):
+        dtype = name_of(tensors[other[0]].dtype)
+        odd.append(
+            f"{len(other)} of {len(tensors)} tensors are stored as {dtype}, such as {other[0]}: decal refuses it"
+        )
+    broken = [key for key, tensor in tensors.items() if key not in other and not torch.isfinite(tensor).all()]
     if broken:
         odd.append(f"NaN or infinity in {len(broken)} of {len(tensors)} tensors, such as {broken[0]}: the run diverged")
     zero = [delta.layer for delta in deltas if delta.norm_B == 0]
@@ -167,11 +181,36 @@ def oddities(
     return odd
 
 
-def unpaired(tensors: dict[str, Tensor]) -> list[str]:
-    """Return lines for factors whose partner is missing, or does not fit."""
+def misshapen(tensors: dict[str, Tensor], deltas: list[Delta]) -> list[str]:
+    """Return lines for factors that are empty, do not fit each other, or are not of the configured rank."""
     lines = []
-    for one, other in (("lora_A", "lora_B"), ("lora_B", "lora_A")):
-        alone = [key for key in tensors if f".{one}." in key and key.replace(f".{one}.", f".{other}.") not in tensors]
+    if empty := [key for key, tensor in tensors.items() if tensor.numel() == 0]:
+        lines.append(f"{len(empty)} of {len(tensors)} tensors are empty, such as {empty[0]}: the file is not whole")
+    if misfits := [delta for delta in deltas if delta.misfit]:
+        first = misfits[0]
+        lines.append(
+            f"A and B do not fit each other in {_count(misfits, deltas)}, such as {first.layer}: {first.misfit}"
+        )
+    if others := [delta for delta in deltas if delta.rank_set not in (None, delta.rank)]:
+        first = others[0]
+        lines.append(
+            f"A has another rank than r or rank_pattern says in {_count(others, deltas)}, such as {first.layer}: "
+            f"{first.rank}, not {first.rank_set}"
+        )
+    return lines
+
+
+def _count(some: list[Delta], deltas: list[Delta]) -> str:
+    return f"all {len(deltas)} layers" if len(some) == len(deltas) else f"{len(some)} of {len(deltas)} layers"
+
+
+def unpaired(tensors: dict[str, Tensor]) -> list[str]:
+    """Return lines for factors whose partner is missing."""
+    lines = []
+    pairs = (("lora_A", "lora_B"), ("lora_embedding_A", "lora_embedding_B"))
+    for one, other in (*pairs, *(pair[::-1] for pair in pairs)):
+        named = [key for key in tensors if f".{one}." in f"{key}."]  # an embedding's end there
+        alone = [key for key in named if key.replace(f".{one}", f".{other}") not in tensors]
         if alone:
             lines.append(f"{len(alone)} {one} tensors have no {other}, such as {alone[0]}: the file is not whole")
     return lines
@@ -194,7 +233,4 @@ def settings_oddities(settings: dict[str, Any], config: LoraConfig, deltas: list
         if name == "use_rslora" or getattr(config, name) == getattr(PLAIN, name):
             continue
         odd.append(f"{name} = {value!r}")
-    ranks = {delta.rank for delta in deltas}
-    if ranks and config.r not in ranks:
-        odd.append(f"no layer has the configured rank {config.r}; found {sorted(ranks)}")
     return odd

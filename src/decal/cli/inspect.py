@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -38,7 +39,7 @@ def inspect(
             "layer" if layers else "module", "layers", "rank", "scale", "norm of s·B·A", "largest"
         )
         for name, group in groups(found.deltas, each=layers).items():
-            norms = [delta.norm for delta in group]
+            norms = [delta.norm for delta in group if delta.misfit is None] or [math.nan]
             ranks, scales = ({getattr(d, field) for d in group} for field in ("rank", "scale"))
             table.add_row(
                 name,

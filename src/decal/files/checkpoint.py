@@ -22,7 +22,7 @@ from decal.errors import DecalError
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD = 2 << 30  # bytes of tensors in one file
-SAMPLED, SAMPLE = 64, 4096  # tensors and bytes of each that a fingerprint reads
+PLACES, SAMPLE = 16, 256  # of each tensor, and bytes there, that a fingerprint reads
 
 
 class Checkpoint:
@@ -48,13 +48,19 @@ def _file_of(folder: Path) -> dict[str, Path]:
     try:
         if (folder / INDEX).is_file():
             weights = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
-            return {key: folder / name for key, name in weights.items()}
+            return {key: _present(folder / name) for key, name in weights.items()}
         if not (folder / WEIGHTS).is_file():
             return {}
         with safe_open(folder / WEIGHTS, framework="pt") as file:
             return dict.fromkeys(file.keys(), folder / WEIGHTS)
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DecalError(f"the checkpoint is damaged ({error})", got=folder, fix="Download it again.") from None
+
+
+def _present(file: Path) -> Path:
+    if not file.is_file():
+        raise DecalError("a file of the checkpoint is missing", got=file, fix="Download the checkpoint again.")
+    return file
 
 
 def damaged(folder: Path) -> Path | None:
@@ -71,19 +77,23 @@ def damaged(folder: Path) -> Path | None:
 def fingerprint(folder: Path) -> str | None:
     """Return what tells this checkpoint's weights from others, however they are split into files; None without any.
 
-    SHA-256 over the names, dtypes and shapes of all tensors and the first bytes of up to 64, spread over the model.
+    SHA-256 over the names, dtypes and shapes of all tensors and 256 bytes at each of 16 places of every one.
     """
     file_of = _file_of(folder)
     headers = {file: _header(file) for file in set(file_of.values())}
-    keys = sorted(file_of)
-    sampled = set(keys[:: max(1, -(-len(keys) // SAMPLED))])
-    digest = hashlib.sha256()
-    for key in keys:
-        facts = headers[file_of[key]][key]
-        digest.update(f"{key} {facts['dtype']} {facts['shape']}\n".encode())
-        if key in sampled:
-            digest.update(_beginning(file_of[key], *facts["data_offsets"]))
-    return digest.hexdigest() if keys else None
+    digests: dict[str, bytes] = {}
+    for file in headers:
+        with open(file, "rb") as handle:
+            start = 8 + int.from_bytes(handle.read(8), "little")
+            for key, facts in headers[file].items():
+                digest = hashlib.sha256(f"{key} {facts['dtype']} {facts['shape']}".encode())
+                first, last = facts["data_offsets"]
+                for place in range(PLACES):
+                    at = first + max(0, last - first - SAMPLE) * place // (PLACES - 1)
+                    handle.seek(start + at)
+                    digest.update(handle.read(min(SAMPLE, last - at)))
+                digests[key] = digest.digest()
+    return hashlib.sha256(b"".join(digests[key] for key in sorted(digests))).hexdigest() if digests else None
 
 
 class Writer:
@@ -146,11 +156,3 @@ def _header(file: Path) -> dict[str, Any]:
     with open(file, "rb") as handle:
         header: dict[str, Any] = json.loads(handle.read(int.from_bytes(handle.read(8), "little")))
     return {key: header[key] for key in sorted(header) if key != "__metadata__"}
-
-
-def _beginning(file: Path, first: int, last: int) -> bytes:
-    """Return the first bytes of the tensor that lies between two offsets."""
-    with open(file, "rb") as handle:
-        start = 8 + int.from_bytes(handle.read(8), "little")
-        handle.seek(start + first)
-        return handle.read(min(SAMPLE, last - first))

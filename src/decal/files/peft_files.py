@@ -21,6 +21,8 @@ from decal.spec import ADAPTER_CONFIG, LoraConfig, read_adapter_config
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth", "pytorch_model.bin")
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # what a trained tensor is stored in
+COUNTERS = (torch.int64, torch.bool)  # buffers of modules saved whole, such as a batch norm's count
 PATTERNS = (ADAPTER_CONFIG, WEIGHTS)  # what an adapter needs from a hub repository
 
 
@@ -46,7 +48,7 @@ def read(folder: Path) -> tuple[LoraConfig, dict[str, Tensor]]:
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """Read the tensors of an adapter folder, keyed without the prefix, on the CPU."""
+    """Read the tensors of an adapter folder, keyed without the prefix, on the CPU. Raises AdapterError as `read`."""
     file = folder / WEIGHTS
     if not file.is_file():
         pickles = [name for name in PICKLES if (folder / name).is_file()]
@@ -64,8 +66,28 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
         raise AdapterError(
             f"{WEIGHTS} is damaged or cut short ({error})", got=file, fix="Copy or download the file again."
         ) from None
+    if odd := of_other_dtype(tensors):
+        raise AdapterError(
+            f"{odd[0]} in {file} is stored as {name_of(tensors[odd[0]].dtype)}, which cannot hold what was trained",
+            got=f"{len(odd)} of {len(tensors)} tensors",
+            fix="Save the adapter in fp32, bf16 or fp16; quantise the base instead of the adapter.",
+        )
     refuse_broken(tensors, where=str(file))
     return tensors
+
+
+def of_other_dtype(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Return the tensors that are not stored as an adapter's: cast to integers, to 8-bit floats or to complex."""
+    return [
+        key
+        for key, tensor in tensors.items()
+        if tensor.dtype not in (FLOATS if ".lora_" in key else (*FLOATS, *COUNTERS))
+    ]
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """Return a dtype's name without torch's prefix."""
+    return str(dtype).removeprefix("torch.")
 
 
 def refuse_broken(tensors: Mapping[str, Tensor], *, where: str) -> None:

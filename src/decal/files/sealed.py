@@ -25,6 +25,22 @@ class Seal:
 UNSEALED = Seal(quantize=None, base_fingerprint=None)
 
 
+def of(model: object) -> Seal:
+    """Return what `load_model` said of the base that it loaded; UNSEALED for a model from elsewhere."""
+    return getattr(model, "seal", UNSEALED)
+
+
+def refuse_other_base(seal: Seal, model: object, *, where: str) -> None:
+    """Raise AdapterError if an adapter's seal names other weights than those that `model` was loaded from."""
+    wanted, found = seal.base_fingerprint, of(model).base_fingerprint
+    if wanted is not None and found is not None and wanted != found:
+        raise AdapterError(
+            f"{where} was trained on another base",
+            got=f"weights {found[:12]}, where the adapter was trained on {wanted[:12]}",
+            fix="Load it on its own base. To use it on this one regardless, remove decal.json from the adapter.",
+        )
+
+
 def write(folder: Path, seal: Seal) -> None:
     """Write the seal: {"version": 1, "quantize": settings or null, "base_fingerprint": SHA-256 or null}."""
     settings = None if seal.quantize is None else seal.quantize.model_dump(mode="json")

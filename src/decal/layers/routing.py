@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from decal.errors import DecalError
+from decal.errors import AdapterError, DecalError
 
 BASE = "__base__"  # PEFT's name for "no adapter" in `adapter_names`
 
@@ -49,8 +49,23 @@ class Routing:
     _lengths: dict[int, int] = field(default_factory=dict, repr=False, compare=False)  # {0: tokens a row}, once seen
 
     @classmethod
-    def by_row(cls, names: Sequence[str]) -> Routing:
-        """Return the routing of PEFT's `adapter_names`: one adapter, or "__base__", for each row."""
+    def by_row(cls, names: Sequence[str], *, rows: int | None = None) -> Routing:
+        """Return the routing of PEFT's `adapter_names`: one adapter, or "__base__", for each row.
+
+        Raises AdapterError for what is no list of names, and for another number of them than `rows` (None: unknown).
+        """
+        if isinstance(names, str) or not all(isinstance(name, str) for name in names) or (rows != 0 and not names):
+            raise AdapterError(
+                f'adapter_names must be a list of names, one for each row of the batch ("{BASE}" for the base alone)',
+                got=repr(names),
+                fix="To use one adapter for all rows call set_adapter(name), and leave adapter_names out.",
+            )
+        if rows is not None and len(names) != rows:
+            raise AdapterError(
+                "adapter_names must hold one name for each row of the batch",
+                got=f"names: {len(names)}, rows: {rows}",
+                fix=f'Name the adapter of each row; "{BASE}" is the base alone.',
+            )
         segments = (Segment(row=row, adapter=name) for row, name in enumerate(names) if name != BASE)
         return cls(len(names), tuple(segments))
 
@@ -76,7 +91,8 @@ class Routing:
         if x.dim() < 2 or x.shape[0] != self.rows:
             raise DecalError(
                 f"a layer saw {tuple(x.shape)}, which the routing of {self.rows} rows does not cover",
-                fix="Layers that mix a batch's rows (experts, pooled inputs) cannot be routed: one adapter a batch.",
+                fix="Route each row of the batch. Layers that mix rows (experts, pooled inputs) cannot be routed: use "
+                "one adapter a batch there.",
             )
         length = x.shape[1] if x.dim() > 2 else 1
         if any(s.start or s.stop is not None for s in self.segments) and length != self._lengths.setdefault(0, length):
@@ -112,6 +128,12 @@ class Routing:
         elif x.shape[0] != self.rows:
             self.scales(columns[0].adapter, x)  # raises
         return self._masks[key]
+
+
+def rows_of(args: Sequence[object], kwargs: Mapping[str, object]) -> int | None:
+    """Return how many rows the batch has that a model is called with; None if its first tensor is not found."""
+    given = (*args, *(kwargs.get(name) for name in ("inputs", "input_ids", "inputs_embeds")))
+    return next((x.shape[0] for x in given if isinstance(x, Tensor) and x.dim() > 0), None)
 
 
 class Switch:

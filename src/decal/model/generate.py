@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from decal.layers.routing import Routing
+
 
 def generate(
     model: nn.Module,
@@ -27,6 +29,8 @@ def generate(
     `stop_ids` end a reply, beside the model's own end tokens. `adapter_names` gives each prompt its adapter. Prompts
     of like length run together, so that little is padded.
     """
+    if adapter_names is not None:
+        Routing.by_row(adapter_names, rows=len(prompts))  # a wrong length would otherwise be cut, or end midway
     if seed is not None:
         torch.manual_seed(seed)  # transformers' sampling draws from torch's global generator
     device = next(model.parameters()).device

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -34,8 +35,9 @@ TIE = (
 class Injection:
     """One adapter on its way into a model. `run` returns the layers that then carry it, by full name.
 
-    With `init=False` the factors stay on the meta device, to be filled from a file. Adapters of 16-bit weights are
-    fp32 unless `fp32_adapters` is off. Nothing in the model is changed before all targets have been checked.
+    With `init=False` the factors stay on the meta device, to be filled from a file; what PEFT would have passed over
+    in its configuration is then passed over, too. Adapters of 16-bit weights are fp32 unless `fp32_adapters` is off.
+    Nothing in the model is changed before all targets have been checked.
     """
 
     model: nn.Module
@@ -50,7 +52,7 @@ class Injection:
     layers: dict[str, Wrapper] = field(default_factory=dict)
 
     def run(self) -> dict[str, Wrapper]:
-        resolved = targets.resolve(self.model, self.config, strict=self.strict)
+        resolved = targets.resolve(self.model, self.config, strict=self.strict, fresh=self.init)
         self.notes = resolved.notes
         tied = tied_pair(self.model)
         tokens = self._token_targets()
@@ -226,6 +228,13 @@ def check_new(name: str, config: LoraConfig, *, taken: Iterable[str]) -> None:
             "an adapter's name must be a word without dots that torch's containers do not use themselves",
             got=repr(name),
             fix="Choose another name.",
+        )
+    if name != name.strip() or not name.isprintable() or any(separator in name for separator in "/\\"):
+        raise AdapterError(
+            "an adapter's name is also the name of the folder that it is saved in, so it must be one plain name",
+            got=repr(name),
+            fix="Leave out slashes, control characters and spaces at its ends, for example "
+            f"{re.sub(r'[^0-9A-Za-z_-]+', '-', name).strip('-') or 'second'!r}.",
         )
     if config.task_type not in (None, TaskType.CAUSAL_LM, TaskType.SEQ_CLS):
         raise Unsupported(

@@ -21,7 +21,7 @@ from transformers import (
 
 from decal import locate
 from decal.errors import ConfigError, DecalError, Unsupported
-from decal.files import checkpoint
+from decal.files import checkpoint, sealed
 from decal.layers.dense import SIXTEEN_BIT, WIDE, widened
 from decal.model import quantizer, streamed
 from decal.model.inject import place
@@ -84,7 +84,7 @@ def load_model(
     if attn_implementation is not None:
         extra["attn_implementation"] = attn_implementation
     model = _read(path, config, task, "auto" if wanted is None else named_dtype(wanted), extra)
-    model.base_fingerprint = checkpoint.fingerprint(path)  # what adapters are sealed with
+    model.seal = sealed.Seal(quantize=settings, base_fingerprint=checkpoint.fingerprint(path))  # goes into adapters
     model.name_or_path = str(name)  # what adapters record as their base: as the user named it
     if device_map is None:
         model.to(target)

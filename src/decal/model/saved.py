@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -12,14 +12,14 @@ from torch import Tensor, nn
 
 from decal import locate
 from decal.errors import AdapterError, Unsupported
-from decal.files import peft_files
+from decal.files import peft_files, sealed
 from decal.layers.adapted import Adapted
 from decal.layers.dense import Conv1DBase
 from decal.layers.embedding import TiedLoRA
 from decal.layers.lora import ResidualLoRA
 from decal.layers.replaced import ReplacedModule
 from decal.layers.tokens import TokenRows
-from decal.model import targets
+from decal.model import inject, targets
 from decal.spec import LoraConfig
 
 if TYPE_CHECKING:
@@ -102,6 +102,7 @@ def fetch(
     folder = locate.folder(
         model_id, kind="adapter", revision=revision, patterns=patterns(subfolder), subfolder=subfolder
     )
+    sealed.refuse_other_base(sealed.read(folder), model, where=str(model_id))
     config, given = peft_files.read(folder)
     refuse_other_shape(model, config, given, where=str(model_id))
     return config, given
@@ -109,7 +110,7 @@ def fetch(
 
 def patterns(subfolder: str | None) -> list[str]:
     """What to download of a hub repository: nothing but the adapter."""
-    return [f"{subfolder}/{p}" if subfolder else p for p in peft_files.PATTERNS]
+    return [f"{subfolder}/{p}" if subfolder else p for p in (*peft_files.PATTERNS, sealed.SEAL)]
 
 
 def fill(model: PeftModel, name: str, given: Mapping[str, Tensor], *, where: str) -> None:
@@ -221,7 +222,7 @@ def refuse_other_shape(model: nn.Module, config: LoraConfig, given: Mapping[str,
                 fix=fix,
             ) from None
         size = getattr(layer, "in_features", None)
-        if isinstance(size, int) and tensor.shape[1] != size:
+        if isinstance(size, int) and tensor.dim() == 2 and tensor.shape[1] != size:
             raise AdapterError(
                 f"{where} is for another base: {layer_name!r} takes {size} features here",
                 got=f"{tensor.shape[1]} in the file",
@@ -239,6 +240,22 @@ def refuse_other_change(held: LoraConfig, read: LoraConfig, *, where: str) -> No
                 got=f"{other}, where the model has {mine}",
                 fix="Load it under a new name, or delete_adapter first.",
             )
+
+
+def selected(chosen: Sequence[str] | None, loaded: Iterable[str]) -> list[str]:
+    """Return the names of the adapters to save (None: all); raise AdapterError for no name and for unknown ones."""
+    names = list(loaded)
+    if chosen is None:
+        return names
+    if isinstance(chosen, str) or not chosen:
+        raise AdapterError(
+            "selected_adapters must be a list of one or more adapters' names",
+            got=repr(chosen),
+            fix=f"Loaded are {', '.join(names)}; leave selected_adapters out to save all.",
+        )
+    for name in chosen:
+        inject.check_known(name, names)
+    return list(chosen)
 
 
 def refuse_foreign_state(model: PeftModel, state: Mapping[str, Tensor] | None) -> None:

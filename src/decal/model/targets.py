@@ -79,11 +79,12 @@ def output_head(model: nn.Module) -> nn.Module | None:
     return original(head) if isinstance(head, nn.Module) else None
 
 
-def resolve(model: nn.Module, config: LoraConfig, *, strict: bool = True) -> Resolved:
+def resolve(model: nn.Module, config: LoraConfig, *, strict: bool = True, fresh: bool = True) -> Resolved:
     """Return the layers that `config` names in `model`.
 
     Raises TargetError if nothing matches, if something matched cannot be adapted, or (strict) if one pattern of
-    several matches nothing; the nearest name is offered.
+    several matches nothing; the nearest name is offered. `fresh` asks the same of what PEFT passes over in silence
+    and a saved adapter may therefore hold: exclude_modules, layers_to_transform, rank_pattern and alpha_pattern.
     """
     found = dict(modules(model))
     notes: list[str] = []
@@ -97,6 +98,8 @@ def resolve(model: nn.Module, config: LoraConfig, *, strict: bool = True) -> Res
             got=config.target_parameters,
             fix="Adapt the linear layers, for example target_modules='all-linear'; or use PEFT for this adapter.",
         )
+    if strict and fresh:
+        _refuse_unused_names(found, config)
     replaced = _replaced(found, config, strict=strict)
     names = [] if targets is None else _matching(model, found, targets, config, strict=strict)
     names = [name for name in names if not any(name == r or name.startswith(f"{r}.") for r in replaced)]
@@ -108,6 +111,8 @@ def resolve(model: nn.Module, config: LoraConfig, *, strict: bool = True) -> Res
         )
     for name in names:
         _refuse_unknown(name, found[name])
+    if strict and fresh:
+        _refuse_unused_patterns(names, config)
     if targets == ALL_LINEAR and (experts := _expert_parameters(model)):
         notes.append(
             f"'all-linear' does not reach {', '.join(experts)}: these hold several experts in one tensor, which "
@@ -188,13 +193,68 @@ def _excluded(name: str, exclude: list[str] | str | None) -> bool:
 def _in_layers(name: str, config: LoraConfig) -> bool:
     """Whether the layer number in `name` is chosen; the number follows one of layers_pattern (default: any name)."""
     wanted = config.layers_to_transform
-    patterns = config.layers_pattern or r"[^.]*"
+    number = _layer_number(name, config.layers_pattern)
+    return number == wanted if isinstance(wanted, int) else number in (wanted or [])
+
+
+def _layer_number(name: str, layers_pattern: list[str] | str | None) -> int | None:
+    patterns = layers_pattern or r"[^.]*"
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
         match = re.match(rf"(?:.*\.)?{pattern}\.(\d+)\.", name)
         if match:
-            number = int(match.group(1))
-            return number == wanted if isinstance(wanted, int) else number in (wanted or [])
-    return False
+            return int(match.group(1))
+    return None
+
+
+def _refuse_unused_names(found: dict[str, nn.Module], config: LoraConfig) -> None:
+    """Raise TargetError for an exclude_modules that matches no module, and for a layer number that none has."""
+    exclude = config.exclude_modules or []
+    for entry in [exclude] if isinstance(exclude, str) else exclude:
+        whole = isinstance(exclude, str)
+        if not any(_excluded(n, entry if whole else [entry]) for n in found):
+            near = nearest(entry, dict.fromkeys((*_suffixes(found), *found)))
+            said = ", taken as a regular expression for whole names," if whole else ""
+            raise TargetError(
+                f"exclude_modules {entry!r}{said} matched no module, so it would leave nothing out{near}",
+                fix=f"Use a list of names, exclude_modules=[{entry!r}], or begin the pattern with '.*'."
+                if whole and any(_is_suffix(entry, n) for n in found)
+                else f"This model has {', '.join(_suffixes(found))}. Run: decal targets MODEL.",
+            )
+    wanted = config.layers_to_transform
+    there = sorted({number for n in found if (number := _layer_number(n, config.layers_pattern)) is not None})
+    missing = [] if wanted is None else [n for n in ([wanted] if isinstance(wanted, int) else wanted) if n not in there]
+    if missing:
+        near = ", ".join(dict.fromkeys(m.group(1) for n in found if (m := re.match(r"(?:.*\.)?([^.]*)\.\d+\.", n))))
+        raise TargetError(
+            f"layers_to_transform names {_listed(missing)}, and this model has no layer of that number",
+            got=None if config.layers_pattern is None else f"layers_pattern={config.layers_pattern!r}",
+            fix=f"There are layers {_listed(there)}."
+            if there
+            else f"Layers are numbered under {near or 'no name'} here.",
+        )
+
+
+def _refuse_unused_patterns(names: list[str], config: LoraConfig) -> None:
+    """Raise TargetError for a key of rank_pattern or alpha_pattern that matches none of the adapted layers."""
+    ends = list(dict.fromkeys(n.rpartition(".")[2] for n in names))
+    for field in ("rank_pattern", "alpha_pattern"):
+        for key in getattr(config, field):
+            try:
+                re.compile(key)
+            except re.error as error:
+                raise TargetError(f"{field} {key!r} is no pattern ({error})", fix="Give a name, or mend it.") from None
+            if not any(_by_pattern({key: 1}, n, 0) for n in names):
+                raise TargetError(
+                    f"{field} {key!r} matched no adapted layer{nearest(key, (*ends, *names))}",
+                    fix=f"Adapted are {', '.join(ends)}; a key is the end of a layer's name, or a pattern for it.",
+                )
+
+
+def _listed(numbers: list[int]) -> str:
+    """Numbers for a person: a range where none is left out."""
+    if len(numbers) > 2 and numbers == list(range(numbers[0], numbers[-1] + 1)):
+        return f"{numbers[0]} to {numbers[-1]}"
+    return ", ".join(str(number) for number in numbers)
 
 
 def _in_attention(found: dict[str, nn.Module], name: str) -> bool:

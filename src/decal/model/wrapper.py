@@ -14,11 +14,11 @@ import torch
 from torch import Generator, Tensor, nn
 
 from decal.errors import AdapterError, DecalError, Unsupported
-from decal.files import hub, peft_files
+from decal.files import hub, peft_files, sealed
 from decal.layers.adapted import Adapted
 from decal.layers.coded import uncounted
-from decal.layers.routing import Routing, Switch
-from decal.model import foreign, generate, merging, recompute, saved
+from decal.layers.routing import Routing, Switch, rows_of
+from decal.model import foreign, generate, merging, quantized, recompute, saved
 from decal.model.adapters import Adapters
 from decal.model.biases import TrainedBiases
 from decal.model.inject import Injection, Wrapper, check_choice, check_known, check_new, unwrap_empty
@@ -118,7 +118,7 @@ class PeftModel(nn.Module):
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter; if it was active, the first remaining one becomes active."""
-        self._known(adapter_name)
+        check_known(adapter_name, self.peft_config)
         self._refuse_merged()
         if len(self.peft_config) == 1:
             raise AdapterError(f"{adapter_name!r} is the only adapter", fix="Use unload() to get the plain model back.")
@@ -131,9 +131,6 @@ class PeftModel(nn.Module):
         remaining = [name for name in was if name != adapter_name] or [next(iter(self.peft_config))]
         self.switch.active = tuple(name for name in was if name != adapter_name)
         self.set_adapter(remaining)
-
-    def _known(self, name: str) -> None:
-        check_known(name, self.peft_config)
 
     def _refuse_merged(self) -> None:
         if self.switch.merged:
@@ -171,7 +168,7 @@ class PeftModel(nn.Module):
             foreign.refuse_fused_head(self.get_base_model())
         if adapter_names is None:
             return self.base_model(*args, **kwargs)
-        with self.routed(Routing.by_row(adapter_names)):
+        with self.routed(Routing.by_row(adapter_names, rows=rows_of(args, kwargs))):
             return self.base_model(*args, **kwargs)
 
     def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
@@ -179,14 +176,15 @@ class PeftModel(nn.Module):
         model = self.get_base_model()
         if adapter_names is None:
             return model.generate(*args, **kwargs)  # type: ignore[operator]  # transformers' method
-        with self.routed(Routing.by_row(adapter_names).expand(generate.rows_per_prompt(model, kwargs))):
+        routing = Routing.by_row(adapter_names, rows=rows_of(args, kwargs))
+        with self.routed(routing.expand(generate.rows_per_prompt(model, kwargs))):
             return model.generate(*args, **kwargs)  # type: ignore[operator]  # transformers' method
 
     @contextmanager
     def routed(self, routing: Routing) -> Iterator[None]:
         """Use `routing` inside the block. Raises AdapterError for names that are not loaded."""
         for name in routing.adapters:
-            self._known(name)
+            check_known(name, self.peft_config)
             if self.biases.has(name):
                 raise Unsupported(
                     f"adapter {name!r} has trained biases, which cannot be routed within a batch",
@@ -227,7 +225,7 @@ class PeftModel(nn.Module):
         """
         names = tuple(adapter_names or self.switch.active)
         for name in names:
-            self._known(name)
+            check_known(name, self.peft_config)
         merging.merge(self, names)
 
     def unmerge_adapter(self) -> None:
@@ -267,10 +265,10 @@ class PeftModel(nn.Module):
         saved.refuse_foreign_state(self, state_dict)
         if not is_main_process:
             return
-        for name in selected_adapters or list(self.peft_config):
-            self._known(name)
+        for name in saved.selected(selected_adapters, self.peft_config):
             folder = Path(save_directory) if name == "default" else Path(save_directory) / name
             peft_files.write(folder, saved.config(self, name), saved.tensors(self, name))
+            sealed.write(folder, sealed.of(self.get_base_model()))
 
     def push_to_hub(
         self,
@@ -306,6 +304,7 @@ class PeftModel(nn.Module):
 
         `device_map` and dtypes are PEFT's and change nothing: an adapter lies where its base's weights lie.
         """
+        quantized.adopt(model)
         read, tensors = saved.fetch(model_id, model, revision=revision, subfolder=subfolder)
         config = saved.for_loading(config or read, is_trainable=is_trainable)
         fp32 = autocast_adapter_dtype

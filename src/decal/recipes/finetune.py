@@ -14,14 +14,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from decal import locate, rundir
+from decal import rundir
 from decal.data import prepare
 from decal.data.batches import Batches, InOrder
 from decal.data.ledger import Ledger
 from decal.data.prepare import Prepared
 from decal.errors import ConfigError
 from decal.evaluate.loss import evaluate
-from decal.files import checkpoint, sealed
 from decal.model.lean import lean
 from decal.model.load import load_model, load_tokenizer
 from decal.model.wrapper import PeftModel
@@ -164,9 +163,6 @@ def save(folder: Path, model: Any, tokenizer: Any, data: Prepared, config: RunCo
     with rundir.new_folder(folder) as new:
         model.save_pretrained(new)
         tokenizer.save_pretrained(new)
-        if config.train.method == "lora":
-            base = checkpoint.fingerprint(locate.folder(config.model, kind="model", revision=config.revision))
-            sealed.write(new, sealed.Seal(quantize=config.quantize, base_fingerprint=base))
     return folder
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,7 +21,7 @@ from decal.training.losses import Loss
 from decal.training.plan import Plan
 from decal.training.precision import Precision
 from decal.training.state import Progress
-from decal.training.step import StepResult, take_step
+from decal.training.step import NotFinite, StepResult, take_step
 
 OVERFLOWS = 20  # fp16: a scale that is still too large after halving 20 times will not be found
 
@@ -96,9 +97,11 @@ def train(
             share = optim.SCHEDULES[config.schedule](done.step, todo.warmup, todo.steps)
             optim.set_lr(optimizer, share)
             inspect = partial(_say_dead, model, emit) if done.step == first else None
-            result = take_step(
-                model, group, loss, optimizer, scaler, precision=precision, limit=config.max_grad_norm, inspect=inspect
-            )
+            with _diverging(run, done, precision):
+                limit = config.max_grad_norm
+                result = take_step(
+                    model, group, loss, optimizer, scaler, precision=precision, limit=limit, inspect=inspect
+                )
             _count(done, result, time.perf_counter() - clock)
             emit("step", **_fields(done, result, config.lr * share, todo, time.perf_counter() - clock))
             better = False
@@ -149,6 +152,27 @@ def _save(
     path = state.save(run, job, save_adapter)
     run.prune(keep=config.keep, best=job.progress.best_step)
     emit("save", step=job.progress.step, checkpoint=path.name)
+
+
+@contextmanager
+def _diverging(run: RunDir, done: Progress, precision: Precision) -> Iterator[None]:
+    """Let the error of a step that is not finite say what fits this run: what to change, and what is left of it."""
+    try:
+        yield
+    except NotFinite as error:
+        narrow = precision.name != "fp32"
+        if done.step > 0:
+            change = "Lower train.lr or use train.precision=fp32" if narrow else "Lower train.lr"
+        else:
+            cause = f"{precision.name} overflows (try train.precision=fp32) or" if narrow else "most likely"
+            change = f"No weight had moved yet, so train.lr is not the cause: {cause} the model's weights hold NaN"
+        whole = run.checkpoints()
+        left = (
+            f"The last whole checkpoint is {whole[-1].name}; other settings need a new --output"
+            if whole
+            else f"No checkpoint was written: delete {run.path} before you start again there"
+        )
+        raise NotFinite(error.name, error.value, fix=f"{change}. {left}.") from None
 
 
 def _say_dead(model: nn.Module, emit: Emit) -> None:

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from decal.errors import RunError
-from decal.rundir import MANIFEST, RUN, RunDir
+from decal.rundir import MANIFEST, RUN, RunDir, step_of
 from decal.spec import RunConfig, read_run_config
+from decal.training import state
 from decal.training.optim import PAGED
 
 # Settings that say where and how a result is computed or watched, not what it is; all others are fixed for a run.
@@ -18,7 +19,8 @@ FREE = frozenset(
 
 
 def starting_point(run: RunDir, config: RunConfig, *, resume: bool) -> Path | None:
-    """Return the checkpoint to go on from; None to begin. Raises RunError if the folder does not allow it.
+    """Return the checkpoint to go on from; None to begin. Raises RunError if the folder does not allow it, or what
+    lies there is damaged.
 
     A run that was stopped before its first checkpoint begins again: with the same settings that is the same run.
     """
@@ -28,8 +30,13 @@ def starting_point(run: RunDir, config: RunConfig, *, resume: bool) -> Path | No
     if not run.holds_run():
         raise RunError("there is no run to resume here", got=run.path, fix="Start it without --resume.")
     check_same(read_run_config(run.path / RUN), config)
+    run.check_writable()
+    if (run.path / MANIFEST).exists():
+        run.manifest()
     run.clean()
     whole = run.checkpoints()
+    if whole:
+        state.check(whole[-1])
     return whole[-1] if whole else None
 
 
@@ -38,7 +45,7 @@ def open_folder(
 ) -> None:
     """Claim the folder for a new run, or take an old one's events back to its checkpoint; write the manifest."""
     if resume:
-        run.rewind(int(checkpoint.name.removeprefix("step-")) if checkpoint is not None else -1)
+        run.rewind(step_of(checkpoint) if checkpoint is not None else -1)
     else:
         run.claim(config.to_yaml())
     run.write_manifest(facts)

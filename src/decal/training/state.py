@@ -14,19 +14,20 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from decal import rundir
-from decal.errors import RunError
+from decal.errors import DecalError, RunError
 from decal.training.paged import Paged
 
 TRAINABLE, OPTIMIZER, RNG, STATE = "trainable.safetensors", "optimizer.safetensors", "rng.safetensors", "state.json"
@@ -89,15 +90,60 @@ def save(run: rundir.RunDir, training: Training, save_adapter: Callable[[Path], 
     return run.path / rundir.CHECKPOINTS / f"step-{step}"
 
 
+def check(folder: Path) -> None:
+    """Raise RunError for a checkpoint that cannot be gone on from, before anything else is read: heads, not tensors."""
+    for name in (TRAINABLE, OPTIMIZER, RNG):
+        with _reading(folder / name), safe_open(folder / name, framework="pt"):  # compares the size with the head's
+            pass
+    _read_state(folder)
+
+
 def load(folder: Path, training: Training) -> None:
-    """Put everything back as `save` found it, the random generators last."""
+    """Put everything back as `save` found it, the random generators last. Raises RunError for a damaged file."""
     load_trainable(folder, training.model)
-    _load_optimizer(training, load_file(folder / OPTIMIZER))
-    state = json.loads((folder / STATE).read_text(encoding="utf-8"))
-    training.progress.__dict__.update(state["progress"])
-    training.batches.load_state_dict(state["data"])
-    training.scaler.load_state_dict(state["scaler"])
-    _restore_generators(load_file(folder / RNG), state["random"])
+    _load_optimizer(training, _read_tensors(folder / OPTIMIZER))
+    state = _read_state(folder)
+    generators = _read_tensors(folder / RNG)
+    with _reading(folder / STATE):
+        training.progress.__dict__.update(state["progress"])
+        training.batches.load_state_dict(state["data"])
+        training.scaler.load_state_dict(state["scaler"])
+    with _reading(folder / RNG):
+        _restore_generators(generators, state["random"])
+
+
+@contextmanager
+def _reading(file: Path) -> Iterator[None]:
+    """Turn whatever a damaged file of a checkpoint raises in the block into a RunError that says how to go on."""
+    try:
+        yield
+    except DecalError:
+        raise
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        folder = file.parent
+        step, whole = rundir.step_of(folder), rundir.RunDir(folder.parent.parent).checkpoints()
+        older = [path.name for path in whole if rundir.step_of(path) < step]
+        later = [path.name for path in whole if rundir.step_of(path) > step]  # --resume would take the last of them
+        raise RunError(
+            f"{file.name} of the checkpoint {folder.name} is damaged or missing ({type(error).__name__}: {error})",
+            got=file,
+            fix=f"Delete {' and '.join([folder.name, *later])} in {folder.parent}, and --resume "
+            + (f"goes on from {older[-1]}." if older else "begins the run again: there is no older checkpoint."),
+        ) from None
+
+
+def _read_tensors(file: Path) -> dict[str, Tensor]:
+    with _reading(file):
+        return load_file(file)
+
+
+def _read_state(folder: Path) -> dict[str, Any]:
+    with _reading(folder / STATE):
+        state: dict[str, Any] = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        Progress(**state["progress"])
+        if not all(isinstance(state[key], dict) for key in ("data", "scaler", "random")):
+            raise TypeError("data, scaler and random must be objects")
+        return state
 
 
 def trainable(model: nn.Module) -> dict[str, Tensor]:
@@ -107,18 +153,21 @@ def trainable(model: nn.Module) -> dict[str, Tensor]:
 
 def load_trainable(folder: Path, model: nn.Module) -> None:
     """Copy a checkpoint's parameters into the model; their names and shapes must be exactly the model's."""
-    stored = load_file(folder / TRAINABLE)
+    stored = _read_tensors(folder / TRAINABLE)
     here = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    odd = sorted(stored.keys() ^ here.keys()) or [n for n, p in here.items() if p.shape != stored[n].shape]
+    _refuse(sorted(stored.keys() ^ here.keys()) or [n for n, p in here.items() if p.shape != stored[n].shape])
+    with torch.no_grad():
+        for name, parameter in here.items():
+            parameter.copy_(stored[name])
+
+
+def _refuse(odd: list[str]) -> None:
     if odd:
         raise RunError(
             f"the checkpoint does not fit the model: {len(odd)} parameters differ",
             got=", ".join(odd[:3]),
             fix="Resume with the model and adapter settings that the run was started with.",
         )
-    with torch.no_grad():
-        for name, parameter in here.items():
-            parameter.copy_(stored[name])
 
 
 def keep_best(run: rundir.RunDir, progress: Progress, model: nn.Module) -> int:
@@ -145,6 +194,7 @@ def _optimizer_tensors(training: Training) -> dict[str, Tensor]:
 
 def _load_optimizer(training: Training, tensors: dict[str, Tensor]) -> None:
     named = _named(training)
+    _refuse(sorted({key.partition(":")[2] for key in tensors} - named.keys()))
     fused, paged = training.optimizer.defaults.get("fused"), isinstance(training.optimizer, Paged)
     training.optimizer.state.clear()
     for key, value in tensors.items():

@@ -26,6 +26,16 @@ class StepResult:
     skipped: bool  # fp16 only: the scaled gradient overflowed and the weights stand as they were
 
 
+class NotFinite(RunError):
+    """The loss or the gradient is NaN or infinite, and the weights stand as they were before the step."""
+
+    def __init__(self, name: str, value: float, *, fix: str) -> None:
+        self.name = name
+        self.value = value
+        what = f"the {name} is not finite, so training stopped before the weights could follow it"
+        super().__init__(what, got=value, fix=fix)
+
+
 def take_step(
     model: nn.Module,
     batches: Sequence[Batch],
@@ -40,7 +50,7 @@ def take_step(
     """Move the weights by the gradient of the mean loss over all micro-batches together, clipped to norm `limit`.
 
     The mean is over the counts of the whole accumulated batch, so 4 micro-batches of 1 row give the gradient of 1 of
-    4 rows. `inspect` is called when the gradients are there and the weights have not moved yet. Raises RunError
+    4 rows. `inspect` is called when the gradients are there and the weights have not moved yet. Raises NotFinite
     before the weights move if the loss, or outside fp16 the gradient, is not finite.
     """
     total = backward(model, batches, loss, scaler, precision=precision)
@@ -88,8 +98,4 @@ def backward(
 def _check_finite(loss: float, grad_norm: float) -> None:
     for name, value in (("loss", loss), ("gradient norm", grad_norm)):
         if not math.isfinite(value):
-            raise RunError(
-                f"the {name} is not finite, so training stopped before the weights could follow it",
-                got=value,
-                fix="Lower train.lr or use train.precision=fp32. The last checkpoint is whole.",
-            )
+            raise NotFinite(name, value, fix="Lower train.lr, or look for NaN in the model's weights.")
