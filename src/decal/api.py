@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Generator, nn
 
-from decal import spec
+from decal import locate, spec
 from decal.errors import AdapterError, ConfigError, Unsupported
-from decal.model import load, quantized
+from decal.files import sealed
+from decal.model import load, quantized, saved
 from decal.model.wrapper import PeftModel
 from decal.recipes import finetune
 from decal.spec import PeftConfig, RunConfig, TaskType
@@ -76,8 +77,15 @@ class AutoPeftModelForCausalLM:
                 got=name,
                 fix="Load the base yourself, then PeftModel.from_pretrained(base, adapter).",
             )
+        if quantization_config is None:
+            patterns = saved.patterns(subfolder)
+            folder = locate.folder(name, kind="adapter", revision=revision, patterns=patterns, subfolder=subfolder)
+            quantize = sealed.read(folder).quantize  # as it was trained
+        else:
+            quantize = None
         base = load.load_model(
             config.base_model_name_or_path,
+            quantize=quantize,
             dtype=dtype,
             torch_dtype=torch_dtype,
             device_map=device_map,

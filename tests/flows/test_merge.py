@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import errno
+import math
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 from decal.errors import AdapterError, RunError
 from decal.files import checkpoint
 from decal.model.load import load_model
 from decal.recipes.finetune import Finetuned, finetune
-from decal.recipes.merge import PROOF_TOKENS, Tally, logits_of, mean_kl, merge, perplexity
+from decal.recipes.merge import PROOF_TOKENS, LostUpdate, Tally, logits_of, mean_kl, merge, perplexity
 from tests.integration import tiny
 from tests.training.tiny_run import config, make_files
 
@@ -58,7 +62,7 @@ def test_another_base_is_refused_by_its_weights(folder: Path, trained: Finetuned
 
 def test_a_full_disk_leaves_nothing(trained: Finetuned, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object, **__: object) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        raise SafetensorError(f"I/O error: {os.strerror(errno.ENOSPC)} (os error {errno.ENOSPC})")  # as it does
 
     monkeypatch.setattr(checkpoint, "save_file", full)
     with pytest.raises(RunError, match=r"could not be written.*No space left"):
@@ -87,3 +91,22 @@ def test_measures_are_their_formulas() -> None:
     survived = (written * change).sum() / (change.double() ** 2).sum()
     assert tally.rounding().survived == pytest.approx(survived.item(), rel=1e-5)  # fp32 sums over 256 rows at a time
     assert tally.rounding().unchanged == pytest.approx((written == 0).double().mean().item(), rel=1e-6)
+
+
+def test_a_merge_of_infinities_is_refused(folder: Path, tmp_path: Path) -> None:
+    """In fp16 a weight above 65,504 is infinite: logits that are NaN must not pass for a perfect agreement."""
+    base = tmp_path / "base"
+    shutil.copytree(folder / "model", base)
+    tensors = load_file(base / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.weight"] *= 2.0**24
+    tensors["model.layers.0.mlp.down_proj.weight"] *= 2.0**-24
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    settings = config(folder, output=str(tmp_path / "run"), steps=2).model_copy(update={"model": str(base)})
+    run = str(finetune(settings).run)
+    with pytest.raises(LostUpdate) as refused:
+        merge(run, tmp_path / "merged", dtype="fp16")
+    assert refused.value.candidates[0].kl == math.inf
+    merged = merge(run, tmp_path / "merged")
+    assert merged.proven
+    (Path(run) / "adapter" / "decal.json").unlink()
+    assert not merge(run, tmp_path / "again").proven

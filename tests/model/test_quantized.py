@@ -16,6 +16,7 @@ import decal
 from decal.api import get_peft_model
 from decal.bundled import MODEL_DIR
 from decal.errors import AdapterError, ConfigError, DecalError, Unsupported
+from decal.files import sealed
 from decal.layers import adapted
 from decal.layers.coded import CodedLinear
 from decal.layers.int8_linear import Int8Linear
@@ -256,8 +257,46 @@ def test_too_much_left_wide_is_refused(folder: Path) -> None:
 
 
 def test_a_damaged_seal_is_refused(tmp_path: Path) -> None:
-    from decal.files import sealed
-
     (tmp_path / sealed.SEAL).write_text("{")
     with pytest.raises(AdapterError, match="seal is damaged"):
         sealed.read(tmp_path)
+
+
+def test_a_model_merged_in_python_computes_by_default(folder: Path, tmp_path: Path) -> None:
+    """Loaded in 16 bits it computes in fp32 on a CPU: so must the dense layers that a merge puts there."""
+    tiny.save_model(tmp_path, torch.bfloat16)
+    model = get_peft_model(load_model(tmp_path, device="cpu", quantize="nf4"), LoraConfig(target_modules=["q_proj"]))
+    before = model(input_ids=IDS).logits
+    model.merge_adapter()
+    torch.testing.assert_close(model(input_ids=IDS).logits, before, rtol=0, atol=0.05)  # q_proj is rounded to bf16
+    assert model.unload()(input_ids=IDS).logits.shape == before.shape
+
+
+def test_a_prepared_16_bit_model_computes_in_either_width(tmp_path: Path) -> None:
+    tiny.save_model(tmp_path, torch.bfloat16)
+    for quantize in ("nf4", None):
+        model = load_model(tmp_path, dtype="bf16", device="cpu", quantize=quantize)
+        model = get_peft_model(decal.prepare_model_for_kbit_training(model), LoraConfig(target_modules="all-linear"))
+        assert model.train()(input_ids=IDS, labels=IDS).loss.isfinite()
+
+
+def test_a_classifier_head_stays_wide(tmp_path: Path) -> None:
+    tiny.save_model(tmp_path)
+    model = load_model(tmp_path, device="cpu", quantize="nf4", task=decal.TaskType.SEQ_CLS, num_labels=3)
+    assert type(model.get_submodule("score")) is torch.nn.Linear
+    assert model(input_ids=IDS).logits.shape == (1, 3)
+
+
+def test_adapters_are_sealed_with_the_base_and_refused_on_another(folder: Path, tmp_path: Path) -> None:
+    model = get_peft_model(load_model(folder, device="cpu", quantize="nf4"), LoraConfig(target_modules=["q_proj"]))
+    model.save_pretrained(tmp_path / "adapter")
+    seal = sealed.read(tmp_path / "adapter")
+    assert seal.quantize == QuantConfig()
+    again = decal.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
+    assert any(isinstance(m, NF4Linear) for m in again.modules())
+    other: Any = load_model(folder, device="cpu")
+    with torch.no_grad():
+        other.lm_head.weight[-1] += 1
+    other.save_pretrained(tmp_path / "other")
+    with pytest.raises(AdapterError, match="trained on another base"):
+        decal.PeftModel.from_pretrained(load_model(tmp_path / "other", device="cpu"), tmp_path / "adapter")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from enum import Enum
 from pathlib import Path
@@ -14,7 +15,7 @@ from decal.cli import console
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from decal.recipes.merge import Merged
+    from decal.recipes.merge import Candidate, Merged
 
 EXAMPLES = (
     "Examples:\n\ndecal merge runs/first/adapter --out merged\n\ndecal merge runs/first --out merged --dtype fp32"
@@ -64,19 +65,24 @@ def merge(
     with console.working("merging and measuring"):
         from decal.recipes import merge as recipe
 
-        merged = recipe.merge(
-            adapter,
-            out,
-            base=base,
-            dtype=None if dtype is None else dtype.value,
-            into=into.value,
-            data=data,
-            force=force,
-        )
+        word = None if dtype is None else dtype.value
+        try:
+            merged = recipe.merge(adapter, out, base=base, dtype=word, into=into.value, data=data, force=force)
+        except recipe.LostUpdate as lost:
+            if as_json:
+                console.dump({"candidates": [asdict(candidate) for candidate in lost.candidates]})
+            else:
+                console.show(proof(lost.candidates))
+            raise
     if as_json:
         console.dump({**asdict(merged), "path": str(merged.path), "lossy": merged.lossy})
     else:
         show(merged)
+    if not merged.proven:
+        console.warn(
+            "unproven: the adapter has no decal.json, so it was measured on the base as it is stored. If it was "
+            "trained on a 4-bit base, that is another model."
+        )
     if merged.lossy:
         console.warn(
             f"{1 - merged.rounding.survived:.0%} of the update was lost to rounding to {merged.dtype}: the merged "
@@ -84,15 +90,14 @@ def merge(
         )
 
 
-def proof(merged: Merged) -> Table:
+def proof(candidates: Sequence[Candidate], chosen: tuple[str, str] | None = None) -> Table:
     """Return the table of all ways that were measured."""
     columns = ("into", "written in", "KL to trained", "KL to base", "perplexity", "same top-1", "survived")
     table = console.plain_table(*columns, left=2)
-    for c in merged.candidates:
+    for c in candidates:
         numbers = (f"{c.kl:.3g}", f"{c.base_kl:.3g}", f"{c.perplexity:.4g}", f"{c.same_top1:.1%}")
-        chosen = " (chosen)" if (c.into, c.dtype) == (merged.into, merged.dtype) else ""
-        table.add_row(f"{c.into}{chosen}", c.dtype, *numbers, f"{c.rounding.survived:.1%}")
-    table.add_row("trained stack", "", "0", "", f"{merged.perplexity:.4g}", "100.0%", "")
+        mark = " (chosen)" if (c.into, c.dtype) == chosen else ""
+        table.add_row(f"{c.into}{mark}", c.dtype, *numbers, f"{c.rounding.survived:.1%}")
     return table
 
 
@@ -102,7 +107,9 @@ def show(merged: Merged) -> None:
 
     rounding, agreement = merged.rounding, merged.agreement
     if len(merged.candidates) > 1:
-        console.show(proof(merged))
+        table = proof(merged.candidates, (merged.into, merged.dtype))
+        table.add_row("trained stack", "", "0", "", f"{merged.perplexity:.4g}", "100.0%", "")
+        console.show(table)
     lines = {
         "model": f"{merged.path} ({merged.dtype}, {megabytes(merged.bytes)})",
         "base": merged.base,

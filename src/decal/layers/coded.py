@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from decal.errors import Unsupported
+from decal.layers.dense import SIXTEEN_BIT, WideLinear
 from decal.ops import merged, workspace
 
 FEW_ROWS = 32  # up to here a product may be formed without forming the weight
@@ -125,8 +126,12 @@ class CodedBase:
         return self.layer.decode_plus(A.detach(), B.detach(), s, out)
 
     def holding(self, W: Tensor) -> nn.Module:
-        """Return a dense layer with W in the layer's former dtype: codes would round the change away unmeasured."""
-        dense = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
+        """Return a dense layer with W in the layer's former dtype: codes would round the change away unmeasured.
+
+        It computes in the dtype of its input, as this one does.
+        """
+        kind = WideLinear if self.layer.dtype in SIXTEEN_BIT else nn.Linear
+        dense = kind(self.in_features, self.out_features, bias=False, device="meta")
         dense.weight = nn.Parameter(W.to(self.dtype), requires_grad=False)
         dense.register_parameter("bias", self.layer.bias)
         return dense

@@ -28,9 +28,10 @@ class StreamedLinear(CodedLinear):
         source: Callable[[], Tensor],
         form: Callable[[], CodedLinear] | None = None,
         bias: nn.Parameter | None = None,
+        name: str = "a weight",
     ) -> None:
         super().__init__(in_features, out_features, dtype=dtype, bias=bias)
-        self.source, self.form = source, form
+        self.source, self.form, self.name = source, form, name
         for name in ("weight", "scales"):  # so that the layer has a device; nothing that a checkpoint holds
             self.register_buffer(name, torch.empty(0, dtype=torch.uint8, device="cpu"), persistent=False)
 
@@ -39,7 +40,7 @@ class StreamedLinear(CodedLinear):
         if self.form is None:
             return None
         layer = self.form()
-        codes, scales = layer.encode(self.source(), "a weight")
+        codes, scales = layer.encode(self.source(), self.name)
         layer.weight, layer.scales = nn.Parameter(codes, requires_grad=False), nn.Parameter(scales, requires_grad=False)
         return layer
 

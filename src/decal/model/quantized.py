@@ -67,9 +67,14 @@ def adopt(model: nn.Module) -> int:
     """Put NF4Linear in the place of bitsandbytes' Linear4bit, with the same bytes; return how many."""
     count = 0
     for name, module in list(model.named_modules()):
-        if type(module).__name__ != "Linear4bit" or not type(module).__module__.startswith("bitsandbytes"):
+        kinds = {f"{kind.__module__.partition('.')[0]}.{kind.__name__}" for kind in type(module).__mro__}
+        if "bitsandbytes.Linear4bit" not in kinds:  # LinearNF4 and LinearFP4 are kinds of it
             continue
         found: Any = module
+        if getattr(found.weight, "quant_state", None) is None:
+            raise Unsupported(
+                "a layer of bitsandbytes is not quantised yet", got=name, fix="Move the model to its device first."
+            )
         stored = bnb_files.of_state(found.weight.quant_state, name)
         layer = NF4Linear(
             found.in_features,

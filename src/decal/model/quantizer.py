@@ -28,7 +28,8 @@ from decal.layers.nf4_linear import check_bytes, scale_bytes
 from decal.model import experts, quantized, streamed
 from decal.model.inject import place
 from decal.model.streamed import Weight
-from decal.spec import QuantConfig
+from decal.model.targets import HEADS
+from decal.spec import QuantConfig, TaskType
 
 METHOD = "decal"
 # (name, W (out, in), its coded layer), for each weight as it is coded; all experts of one parameter have one name
@@ -158,7 +159,8 @@ def replace(model: Any, config: Quantization) -> None:
     kept: dict[str, int] = {}
     for name, module in list(model.named_modules()):
         own = {n: p for n, p in module.named_parameters(recurse=False) if p.dim() > 1}
-        head, weight = id(module) in heads, config.in_files.get(name)
+        head = id(module) in heads or name.rpartition(".")[2] in HEADS[TaskType.SEQ_CLS]
+        weight = config.in_files.get(name)
         if not own or isinstance(module, nn.Embedding) or (head and weight is None):
             continue
         linear = settings is not None and type(module) in quantized.LINEAR

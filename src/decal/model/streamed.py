@@ -65,7 +65,13 @@ def layer_of(weight: Weight, module: Any, form: Callable[[], CodedLinear] | None
     out_features, in_features = reversed(module.weight.shape) if weight.transposed else module.weight.shape
     dtype = module.weight.dtype
     layer = StreamedLinear(
-        in_features, out_features, dtype=dtype, source=partial(weight.read, dtype), form=form, bias=module.bias
+        in_features,
+        out_features,
+        dtype=dtype,
+        source=partial(weight.read, dtype),
+        form=form,
+        bias=module.bias,
+        name=weight.key,
     )
     layer.transposed = weight.transposed
     return layer

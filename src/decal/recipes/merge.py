@@ -5,19 +5,21 @@ Linear weights are read, summed, measured and written one at a time, so a model 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from decal import locate, rundir
 from decal.data import prepare
 from decal.data.mask import Sample
-from decal.errors import AdapterError, ConfigError, RunError
+from decal.errors import AdapterError, ConfigError, DataError, RunError, Unsupported
 from decal.evaluate.prompts import Prompts
 from decal.files import checkpoint, sealed
 from decal.layers.coded import Coded, CodedLinear
@@ -28,7 +30,7 @@ from decal.model.load import compute_in_fp32, load_model, named_dtype
 from decal.model.wrapper import PeftModel
 from decal.ops import workspace
 from decal.recipes import compare
-from decal.spec import DataConfig, QuantConfig
+from decal.spec import DataConfig, PeftConfig, QuantConfig, TaskType
 
 PROMPTS = (
     "What can you help me with?",
@@ -78,7 +80,15 @@ class Candidate:
     @property
     def lost(self) -> bool:
         """Whether the merged model is nearer to the untouched base than to what was trained."""
-        return self.kl > self.base_kl
+        return not self.kl < math.inf or self.kl > self.base_kl
+
+
+class LostUpdate(RunError):
+    """The merge would erase what was trained; `candidates` are the measurements that say so."""
+
+    def __init__(self, what: str, *, got: object, fix: str, candidates: tuple[Candidate, ...]) -> None:
+        super().__init__(what, got=got, fix=fix)
+        self.candidates = candidates
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,11 +104,12 @@ class Merged:
     agreement: Agreement
     candidates: tuple[Candidate, ...]
     perplexity: float
+    proven: bool  # False: the adapter does not say on which weights, in which format, it was trained
 
     @property
     def lossy(self) -> bool:
         """Whether much of the update was lost to rounding, by the weights or by what the model says."""
-        return self.rounding.survived < LOST or self.agreement.kl > (1 - LOST) * self.agreement.adapter_kl
+        return not self.rounding.survived >= LOST or self.agreement.kl > (1 - LOST) * self.agreement.adapter_kl
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +122,8 @@ class Stack:
 
     def load(self, dtype: torch.dtype | None = None) -> PeftModel:
         """Load it with its linear weights left in their files."""
-        model = load_model(self.base, dtype=dtype, device="cpu", quantize=self.quantize, stream=True)
+        model: Any = load_model(self.base, dtype=dtype, device="cpu", quantize=self.quantize, stream=True)
+        model.seal = sealed.UNSEALED  # compared already, or not to be
         return PeftModel.from_pretrained(model, self.adapter).eval()
 
 
@@ -147,7 +159,12 @@ def merge(
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
         raise RunError("the output folder is not empty", got=out, fix="Choose another --out.")
     folder = compare.result_of(adapter, rundir.ADAPTER)
-    base = base or compare.base_of([folder])
+    base = compare.base_of([folder]) if base is None else compare.result_of(base, rundir.MODEL)
+    if PeftConfig.from_pretrained(folder).task_type not in (None, TaskType.CAUSAL_LM):
+        raise Unsupported(
+            "decal merge compares what language models say next, and this adapter is of another kind",
+            fix="Merge it in Python: PeftModel.from_pretrained(base, ADAPTER).merge_and_unload().",
+        )
     seal = compare.seal_of([folder])
     if not force:
         refuse_other_base(base, seal)
@@ -157,7 +174,8 @@ def merge(
     tuned = stack.load()
     stored = main_dtype(tuned)
     wanted = stored if dtype is None else named_dtype(dtype)
-    assert isinstance(wanted, torch.dtype)
+    if not isinstance(wanted, torch.dtype):
+        raise ConfigError("a merged model needs one dtype", got=dtype, fix="Use fp32, bf16 or fp16.")
     ways = ways_for(tuned, stack, into)
     proof = prove(tuned, proof_rows(tokenizer, asked, data, prompts))
     del tuned
@@ -176,7 +194,7 @@ def merge(
         with rundir.new_folder(out) as new:
             quantized.write(plain, new)
             tokenizer.save_pretrained(new)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise RunError(
             f"the merged model could not be written ({error})", got=out, fix="Make room; nothing was left behind."
         ) from error
@@ -192,6 +210,7 @@ def merge(
         agreement=agreement_of(out, proof),
         candidates=tuple(candidates),
         perplexity=perplexity(proof.trained, proof.rows),
+        proven=seal.base_fingerprint is not None,
     )
 
 
@@ -213,13 +232,18 @@ def refuse_lost(best: Candidate, candidates: Sequence[Candidate]) -> None:
     """Raise RunError for a merge that erases what was trained; name a way that does not, if one was measured."""
     kept = [c for c in candidates if not c.lost]
     other = min(kept, key=lambda c: c.kl) if kept else None
-    way = f"--into {other.into} --dtype {SHORT[other.dtype]}" if other is not None else "--dtype fp32"
-    keeps = f" keeps {other.rounding.survived:.0%} of it" if other is not None else ""
-    raise RunError(
+    way = "Merge with --into auto, which measures the other ways"
+    if other is not None:
+        dtype = "" if other.into == CODED else f" --dtype {SHORT.get(other.dtype, other.dtype)}"
+        way = f"Merge with --into {other.into}{dtype}, which keeps {other.rounding.survived:.0%} of it"
+    elif len(candidates) > 1 or best.into == "16bit":
+        way = "Train longer or at a higher rate"
+    raise LostUpdate(
         f"the merged model would be nearer to the untouched base (KL {best.base_kl:.3g}) than to what was trained "
         f"(KL {best.kl:.3g}): {1 - best.rounding.survived:.0%} of the update is lost in {best.dtype}",
         got=f"the best of {', '.join(dict.fromkeys(f'{c.into} in {c.dtype}' for c in candidates))}",
-        fix=f"Merge with {way}{keeps}, or serve the adapter beside its base. --force writes it regardless.",
+        fix=f"{way}, or serve the adapter beside its base. --force writes it regardless.",
+        candidates=tuple(candidates),
     )
 
 
@@ -288,6 +312,8 @@ def proof_rows(tokenizer: Any, asked: Prompts, data: str | None, prompts: Sequen
         if len(part) > 1:
             kept.append(torch.tensor(part))
             left -= len(part)
+    if not kept:
+        raise DataError("no row has two tokens to compare on", got=data, fix="Give --data with longer rows.")
     return kept
 
 
@@ -374,12 +400,13 @@ def agreement_of(merged: Path, proof: Proof) -> Agreement:
 
 
 def mean_kl(target_NV: Tensor, other_NV: Tensor) -> float:
-    """Return the mean over rows of KL(target || other) in nats, from logits."""
+    """Return the mean over rows of KL(target || other) in nats, from logits; infinite where one is not finite."""
     total = 0.0
     for target, other in zip(torch.split(target_NV, CHUNK), torch.split(other_NV, CHUNK), strict=True):
         p, q = F.log_softmax(target.double(), -1), F.log_softmax(other.double(), -1)
         total += float(F.kl_div(q, p, log_target=True, reduction="sum"))
-    return max(0.0, total / len(target_NV))
+    mean = total / len(target_NV)
+    return max(0.0, mean) if math.isfinite(mean) else math.inf
 
 
 def short(dtype: torch.dtype) -> str:
