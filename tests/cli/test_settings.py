@@ -90,7 +90,7 @@ def test_a_wrong_value_in_an_adapter_names_its_file(tmp_path: Path) -> None:
 
 def test_an_adapters_settings_may_be_changed_and_are_checked() -> None:
     config = LoraConfig(r=4)
-    config.r, config.lora_alpha, config.inference_mode, config.target_modules = 16, 32.0, True, {"v_proj", "q_proj"}
+    config.r, config.lora_alpha, config.inference_mode, config.target_modules = 16, 32.0, True, ["q_proj", "v_proj"]
     config.loftq_config = {}  # PEFT's, at the value under which it does nothing
     assert config == LoraConfig(r=16, lora_alpha=32, inference_mode=True, target_modules=["q_proj", "v_proj"])
     assert config.to_dict()["lora_alpha"] == 32
