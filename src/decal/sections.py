@@ -42,6 +42,9 @@ def _words(value: Any) -> Any:
     return [word.strip() for word in value.split(",") if word.strip()] if isinstance(value, str) else value
 
 
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
 class TrainConfig(Settings):
     """How the loop runs. The defaults are decal's own recommendations."""
 
@@ -67,13 +70,14 @@ class TrainConfig(Settings):
     weight_decay: float = Field(
         default=0.0, ge=0, description="AdamW's decay; biases, norms, DoRA's lengths have none."
     )
-    betas: tuple[float, float] = Field(default=(0.9, 0.999), description="AdamW's two rates of forgetting.")
+    betas: tuple[Beta, Beta] = Field(default=(0.9, 0.999), description="AdamW's beta1 and beta2, each below 1.")
     max_grad_norm: float = Field(default=1.0, gt=0, description="A larger gradient is scaled down to this norm.")
     loraplus_lr_ratio: float | None = Field(
         default=None, gt=0, description="LoRA+: B learns this many times faster than A (16 is usual)."
     )
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
-        default="auto", description="What is computed in; `auto`: bf16 or fp16 on a GPU, fp32 elsewhere."
+        default="auto",
+        description="What is computed in; `auto`: bf16 or fp16 on a GPU, fp32 elsewhere (few CPUs are quick at bf16).",
     )
     gradient_checkpointing: bool = Field(
         default=False, description="Layers are computed again in backward: less memory, more time, equal results."

@@ -159,7 +159,8 @@ def _kind(kind: Any) -> str:
     if group_of(kind) is not None:
         return "a section"
     if get_origin(kind) in (list, tuple):
-        return f"a list of {PLURAL.get(get_args(kind)[0], takes(get_args(kind)[0]))}"
+        inner = get_args(kind)[0]
+        return f"a list of {PLURAL.get(_kinds(inner)[0], takes(inner))}"
     if get_origin(kind) is dict:
         return f"a group of `name: {takes(get_args(kind)[1])}`"
     return SINGULAR[kind]

@@ -55,6 +55,7 @@ def test_a_word_means_what_it_says_without_quotes(word: str, wanted: Any) -> Non
         (["lora.target_modules=[q_proj"], r"'lora\.target_modules' is not a regular expression.*got: '\[q_proj'"),
         (["train.betas=[0.9]"], r"'train\.betas' must be a longer list"),
         (["train.betas=[0.9, x]"], r"'train\.betas\[1\]' must be a number"),
+        (["train.betas=[0.9, 1]"], r"'train\.betas\[1\]' must be below 1"),
         (["lora.layers_to_transform=[a]"], r"must be a list of whole numbers or a whole number"),
         (["lora.rank_pattern={q: x}"], r"'lora\.rank_pattern\.q' must be a whole number"),
         (["train=5"], r"'train' is a section of settings, not one value \(got: 5\)\. .*such as train\.method"),
