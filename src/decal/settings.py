@@ -222,7 +222,13 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise ConfigError(
             f"{path} must hold settings as `key: value`", got=type(loaded).__name__, fix="See docs/settings.md."
         )
-    return loaded
+    named: dict[str, Any] = _named(loaded)
+    return named
+
+
+def _named(value: Any) -> Any:
+    """Return the value with texts as keys: YAML makes a number of `1:`, and `on:` is true to it."""
+    return {str(key): _named(inner) for key, inner in value.items()} if isinstance(value, dict) else value
 
 
 def kinds_of(model: type[Settings], keys: Sequence[str]) -> tuple[Any, ...]:

@@ -83,6 +83,13 @@ def test_a_settings_file_that_is_no_yaml_says_where(tmp_path: Path) -> None:
         read_run_config(file)
 
 
+def test_a_key_that_is_a_number_is_an_unknown_setting(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("model: m\ndata: {path: d}\ntrain:\n  1: 2\n")
+    with pytest.raises(ConfigError, match=r"unknown setting 'train\.1'"):
+        read_run_config(file)
+
+
 def test_a_wrong_value_in_an_adapter_names_its_file(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "lora_alpha": float("inf")}))
     with pytest.raises(ConfigError, match=r"adapter_config\.json: 'lora_alpha' must be a finite number"):
