@@ -21,6 +21,7 @@ Written by `python scripts/cli_docs.py` from the commands themselves; a test kee
 - Exit code 0: done; 2: something you can mend, told in up to three lines (error, got, fix); 130: stopped by Ctrl-C or
   SIGTERM, with the command that goes on; 1: anything else. `--debug`, or `DECAL_DEBUG=1`, shows the traceback.
 - A run folder (`runs/first`) stands for the adapter or the model in it.
+- `decal train` and `decal quickstart` take any setting as `KEY=VALUE`: all of them are in [settings.md](settings.md).
 
 | command | what it does |
 |---|---|

@@ -1,7 +1,7 @@
-"""Typed, frozen, validated settings. Importing this file costs no torch.
+"""The settings of an adapter and of a run, typed and validated. Importing this file costs no torch.
 
 `LoraConfig` speaks PEFT's words with PEFT's defaults, exactly; decal's own defaults for training live in
-`RunConfig`, which is what `decal train run.yaml` reads.
+`RunConfig`, which is what `decal train run.yaml` reads. docs/settings.md is written from the descriptions here.
 """
 
 from __future__ import annotations
@@ -12,20 +12,24 @@ import re
 from collections.abc import Mapping, Sequence
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, model_validator
 
 from decal import locate
-from decal.errors import AdapterError, ConfigError, DecalError, Unsupported, nearest
+from decal.errors import AdapterError, ConfigError, Unsupported
+from decal.sections import DataConfig as DataConfig  # `as`: people import all settings from here
+from decal.sections import QuantConfig as QuantConfig
+from decal.sections import TrainConfig as TrainConfig
+from decal.settings import SettingError, Settings, layered
 
 ADAPTER_CONFIG = "adapter_config.json"
 PEFT_FORMAT_VERSION = "0.21.2"  # the PEFT whose file format and defaults these settings follow
 
 
 class TaskType(str, Enum):
-    """What the adapted model is for, as PEFT names it. decal trains CAUSAL_LM and SEQ_CLS."""
+    """What the adapted model is for, as PEFT names it; `decal.train` trains CAUSAL_LM."""
 
     SEQ_CLS = "SEQ_CLS"
     SEQ_2_SEQ_LM = "SEQ_2_SEQ_LM"
@@ -35,36 +39,6 @@ class TaskType(str, Enum):
     FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
 
     __str__ = str.__str__
-
-
-class Settings(BaseModel):
-    """A frozen group of settings; a wrong one is a ConfigError that names the key and the nearest known one."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=False, validate_default=True)
-
-    def __init__(self, **values: Any) -> None:
-        try:
-            super().__init__(**values)
-        except ValidationError as error:
-            raise config_error(error, type(self)) from None
-
-
-def config_error(error: ValidationError, model: type[BaseModel]) -> DecalError:
-    """Return the first fault of a pydantic error as what, got and fix."""
-    fault = error.errors()[0]
-    inner = fault.get("ctx", {}).get("error")
-    here = ".".join(str(part) for part in fault["loc"])
-    if isinstance(inner, ConfigError):  # the fault lies in a group inside this one: say where
-        return ConfigError(f"in {here}: {inner.what}" if here else inner.what, got=inner.got, fix=inner.fix)
-    if isinstance(inner, DecalError):
-        return inner
-    if fault["type"] == "extra_forbidden":
-        known = sorted(model.model_fields)
-        return ConfigError(f"unknown setting {here!r}{nearest(here, known)}", fix=f"Known here: {', '.join(known)}.")
-    if fault["type"] == "missing":
-        return ConfigError(f"the setting {here!r} is missing", fix=f"Give {here}.")
-    message = fault["msg"].removeprefix("Value error, ")
-    return ConfigError(f"the setting {here!r} is wrong: {message}", got=repr(fault["input"]), fix=f"Correct {here}.")
 
 
 # --- the adapter: PEFT's words -------------------------------------------------------------------------------
@@ -105,13 +79,25 @@ IGNORED = {"megatron_core", "peft_version", "auto_mapping", "qalora_group_size"}
 
 
 class PeftConfig(Settings):
-    """What every adapter's `adapter_config.json` holds, whatever its kind."""
+    """What every adapter's `adapter_config.json` holds, whatever its kind. Settings may be changed, as in PEFT."""
 
-    peft_type: Literal["LORA"] = "LORA"
-    task_type: TaskType | None = None
-    base_model_name_or_path: str | None = None
-    revision: str | None = None
-    inference_mode: bool = False
+    model_config = ConfigDict(frozen=False)
+
+    peft_type: Literal["LORA"] = Field(default="LORA", description="The kind of adapter; there is no other.")
+    task_type: TaskType | None = Field(default=None, description="What the model is for.")
+    base_model_name_or_path: str | None = Field(default=None, description="The base; filled in from the model.")
+    revision: str | None = Field(default=None, description="The base's revision on the hub.")
+    inference_mode: bool = Field(default=False, description="The adapter does not train.")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Change one setting. The whole is checked first: a wrong value or name is a ConfigError and changes nothing.
+
+        A model made before has its own copy: what was put into it stays.
+        """
+        checked = type(self)(**{**self.__dict__, name: value})
+        if name in checked.__dict__:  # PEFT's further fields, at a value under which they do nothing, have no place
+            self.__dict__[name] = checked.__dict__[name]
+            self.__pydantic_fields_set__.add(name)
 
     @classmethod
     def from_pretrained(
@@ -149,24 +135,43 @@ class LoraConfig(PeftConfig):
     (Hu et al. 2021, eq. 3; Kalajdzievski 2023). `use_dora` re-scales each output row (Liu et al. 2024, eq. 5).
     """
 
-    r: int = Field(default=8, ge=1)
-    lora_alpha: Annotated[float, Field(gt=0, allow_inf_nan=False), AfterValidator(_whole)] = 8
-    lora_dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
-    target_modules: Names = None
-    exclude_modules: Names = None
-    layers_to_transform: list[int] | int | None = None
-    layers_pattern: list[str] | str | None = None
-    rank_pattern: dict[str, Annotated[int, Field(ge=1)]] = {}
-    alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] = {}
-    bias: Literal["none", "all", "lora_only"] = "none"
-    use_rslora: bool = False
-    use_dora: bool = False
-    init_lora_weights: bool | Literal["gaussian", "pissa", "olora"] = True
-    modules_to_save: Annotated[list[str] | None, BeforeValidator(_names)] = None
-    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
-    target_parameters: Annotated[list[str] | None, BeforeValidator(_names)] = None
-    fan_in_fan_out: bool = False
-    ensure_weight_tying: bool = False
+    r: int = Field(default=8, ge=1, description="The rank.")
+    lora_alpha: Annotated[float, Field(gt=0), AfterValidator(_whole)] = Field(
+        default=8, description="The scale is lora_alpha / r."
+    )
+    lora_dropout: float = Field(default=0.0, ge=0.0, lt=1.0, description="Drops inputs of A in training.")
+    target_modules: Names = Field(
+        default=None,
+        description="`all-linear`, `attention`, last parts of layer names, full names, or a regular expression.",
+    )
+    exclude_modules: Names = Field(default=None, description="What is left out of the targets.")
+    layers_to_transform: list[int] | int | None = Field(default=None, description="Only the layers of these numbers.")
+    layers_pattern: list[str] | str | None = Field(
+        default=None, description="The part of a name before the layer's number."
+    )
+    rank_pattern: dict[str, Annotated[int, Field(ge=1)]] = Field(
+        default={}, description="Other ranks, by a layer's name or a regular expression."
+    )
+    alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] = Field(
+        default={}, description="Other alphas, by a layer's name or a regular expression."
+    )
+    bias: Literal["none", "all", "lora_only"] = Field(default="none", description="Which biases are trained.")
+    use_rslora: bool = Field(default=False, description="The scale is lora_alpha / sqrt(r).")
+    use_dora: bool = Field(default=False, description="DoRA: trains a length for each output feature, too.")
+    init_lora_weights: bool | Literal["gaussian", "pissa", "olora"] = Field(
+        default=True, description="How it starts; true and `gaussian` change nothing at first, false is random."
+    )
+    modules_to_save: Annotated[list[str] | None, BeforeValidator(_names)] = Field(
+        default=None, description="Modules that are trained whole."
+    )
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = Field(
+        default=None, description="Rows of the embedding that are trained."
+    )
+    target_parameters: Annotated[list[str] | None, BeforeValidator(_names)] = Field(
+        default=None, description="Bare parameters to adapt; decal refuses any."
+    )
+    fan_in_fan_out: bool = Field(default=False, description="The base stores its weight transposed (GPT-2).")
+    ensure_weight_tying: bool = Field(default=False, description="A tied embedding and head are adapted as one.")
 
     @model_validator(mode="before")
     @classmethod
@@ -213,11 +218,23 @@ class LoraConfig(PeftConfig):
                 try:
                     re.compile(pattern)
                 except re.error as error:
-                    raise ValueError(f"{name} is not a regular expression: {error}") from None
+                    raise SettingError(
+                        f"'{{at}}{name}' is not a regular expression: {error}",
+                        got=repr(pattern),
+                        fix="Correct it, or write names as a list: [q_proj, v_proj].",
+                    ) from None
         if self.layers_to_transform is not None and isinstance(self.target_modules, str):
-            raise ValueError("layers_to_transform needs target_modules as a list of names, not a pattern")
+            raise SettingError(
+                "'{at}layers_to_transform' needs '{at}target_modules' as a list of names",
+                got=f"target_modules={self.target_modules!r}",
+                fix="Write {at}target_modules=[q_proj, v_proj], or leave {at}layers_to_transform out.",
+            )
         if self.layers_pattern is not None and self.layers_to_transform is None:
-            raise ValueError("layers_pattern has no effect without layers_to_transform")
+            raise SettingError(
+                "'{at}layers_pattern' has no effect without '{at}layers_to_transform'",
+                got=f"layers_pattern={self.layers_pattern!r}",
+                fix="Give {at}layers_to_transform=[0, 1], or leave {at}layers_pattern out.",
+            )
         return self
 
     def to_dict(self) -> dict[str, Any]:
@@ -245,77 +262,25 @@ def read_adapter_config(path: Path) -> LoraConfig:
         raise AdapterError(
             f"{ADAPTER_CONFIG} must hold an object", got=type(values).__name__, fix="Save the adapter again."
         )
-    return LoraConfig(**values)
+    try:
+        return LoraConfig(**values)
+    except SettingError as error:
+        raise ConfigError(f"{file}: {error.what}", got=error.got, fix=error.fix) from None
 
 
 # --- a training run: decal's words and defaults ---------------------------------------------------------------
 
 
-class DataConfig(Settings):
-    """Where the examples come from, how a row becomes tokens and which tokens are learnt."""
-
-    path: str
-    split: str = "train"
-    eval_path: str | None = None
-    eval_split: str | None = None
-    eval_rows: int = Field(default=0, ge=0)  # held out of the training rows when no eval_path or eval_split is given
-    shape: Literal["auto", "messages", "prompt_completion", "instruction", "sharegpt", "text", "template"] = "auto"
-    template: str | None = None  # "{{text}} -> {{label}}": what stands before the last column is the prompt
-    chat_template: str | None = None  # a Jinja file that replaces the tokenizer's own
-    loss_on: Literal["assistant", "all"] = "assistant"
-    max_length: int = Field(default=1024, ge=8)
-    too_long: Literal["drop", "cut"] = "drop"
-    packing: bool = True
-    streaming: bool = False
-    limit: int | None = Field(default=None, ge=1)  # use the first n rows only
-
-
-class TrainConfig(Settings):
-    """How the loop runs. The defaults are decal's own recommendations."""
-
-    method: Literal["lora", "full"] = "lora"
-    loss: Literal["sft"] = "sft"
-    optimizer: Literal["adamw", "adamw8bit", "paged_adamw", "paged_adamw8bit"] = "adamw"
-    lr: float = Field(default=2e-4, gt=0)
-    epochs: float = Field(default=1.0, gt=0)
-    steps: int | None = Field(default=None, ge=1)  # overrides epochs
-    micro_batch: int = Field(default=4, ge=1)  # rows (packed: sequences of max_length) in one forward
-    accumulate: int = Field(default=1, ge=1)
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    warmup: float = Field(default=0.03, ge=0)  # below 1 a share of all steps, else a number of steps
-    weight_decay: float = Field(default=0.0, ge=0)
-    betas: tuple[float, float] = (0.9, 0.999)
-    max_grad_norm: float = Field(default=1.0, gt=0)
-    loraplus_lr_ratio: float | None = Field(default=None, gt=0)
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    gradient_checkpointing: bool = False
-    device: str = "auto"
-    seed: int = 0
-    eval_every: int | None = Field(default=None, ge=1)  # steps; None: after each epoch
-    save_every: int | None = Field(default=None, ge=1)  # steps; None: after each epoch
-    keep: int = Field(default=2, ge=1)  # checkpoints kept beside the best one
-    early_stopping: int | None = Field(default=None, ge=1)  # evaluations without a better loss
-    log_to: list[Literal["tensorboard", "wandb", "mlflow"]] = []
-
-
 def _training_lora(value: Any) -> Any:
-    """decal's defaults for training: all linears, r=16, alpha=2r."""
+    """decal's defaults for training: all linears, r=16, alpha=2r. A LoraConfig is taken as it is, as a copy."""
+    if isinstance(value, LoraConfig):
+        return value.model_copy(deep=True)
     if isinstance(value, Mapping):
         rank = value.get("r", 16)
         value = {"r": rank, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **value}
         if "lora_alpha" not in value and isinstance(rank, int):
             value["lora_alpha"] = 2 * rank
     return value
-
-
-class QuantConfig(Settings):
-    """How a frozen base is stored: 4-bit NF4 or FP4 in blocks, or 8-bit integers by row; its adapters stay fp32."""
-
-    format: Literal["nf4", "fp4", "int8"] = "nf4"
-    double_quant: bool = True  # nf4, fp4: 8-bit scales; 4.127 bits per weight instead of 4.5
-    block: Literal[32, 64, 128, 256, 512, 1024, 2048, 4096] = 64
-    skip: tuple[str, ...] = ()  # modules that stay wide, by name or last name, beside embeddings and head
-    allow_dense: bool = False  # go on where over 5% of the other parameters cannot be quantised
 
 
 def _quantize(value: Any) -> Any:
@@ -325,22 +290,32 @@ def _quantize(value: Any) -> Any:
 class RunConfig(Settings):
     """Everything that defines a run; `run.yaml` in the run folder is exactly this."""
 
-    model: str
-    data: DataConfig
+    model: str = Field(description="The base: a folder or a hub id.")
+    data: DataConfig = Field(description="See below.")
     lora: Annotated[LoraConfig, BeforeValidator(_training_lora)] = Field(
-        default_factory=lambda: LoraConfig(**_training_lora({}))
+        default_factory=lambda: LoraConfig(**_training_lora({})), description="See below."
     )
-    train: TrainConfig = TrainConfig()
-    quantize: Annotated[QuantConfig | None, BeforeValidator(_quantize)] = None
-    output: str = "runs/decal"
-    revision: str | None = None
-
-    SECTIONS: ClassVar[tuple[str, ...]] = ("data", "lora", "train", "quantize")
+    train: TrainConfig = Field(default=TrainConfig(), description="See below.")
+    quantize: Annotated[QuantConfig | None, BeforeValidator(_quantize)] = Field(
+        default=None, description="Store the frozen base in few bits; a format alone (`nf4`) or the section below."
+    )
+    output: str = Field(default="runs/decal", description="The run folder.")
+    revision: str | None = Field(default=None, description="The base's revision on the hub.")
 
     @model_validator(mode="after")
-    def _only_adapters_stand_on_codes(self) -> RunConfig:
+    def _check(self) -> RunConfig:
         if self.quantize is not None and self.train.method == "full":
-            raise ValueError("full fine-tuning moves the weights, and codes cannot: leave quantize out")
+            raise ConfigError(
+                "full fine-tuning moves the weights, and quantised ones cannot move",
+                got=f"train.method=full with quantize={self.quantize.format}",
+                fix="Leave quantize out, or train an adapter: train.method=lora.",
+            )
+        if self.lora.task_type not in (None, TaskType.CAUSAL_LM):
+            raise ConfigError(
+                "a run trains a causal language model, so its adapter cannot be marked as one for another task",
+                got=f"lora.task_type={self.lora.task_type}",
+                fix="Leave lora.task_type out; for other tasks use get_peft_model with a loop of your own.",
+            )
         return self
 
     def to_yaml(self) -> str:
@@ -352,45 +327,4 @@ def read_run_config(
     path: Path | None = None, overrides: Sequence[str] = (), *, values: Mapping[str, Any] | None = None
 ) -> RunConfig:
     """Return the settings of a YAML file with `values` and then dotted overrides (`train.lr=1e-4`) laid over it."""
-    merged: dict[str, Any] = {}
-    if path is not None:
-        if not path.is_file():
-            raise ConfigError("no such settings file", got=path, fix="Give a YAML file, or --model and --data.")
-        try:
-            loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except yaml.YAMLError as error:
-            raise ConfigError(f"{path} is not YAML: {error}", fix="Correct the file.") from None
-        if not isinstance(loaded, dict):
-            raise ConfigError(
-                f"{path} must hold settings as `key: value`",
-                got=type(loaded).__name__,
-                fix="See docs/settings.md.",
-            )
-        merged = loaded
-    for key, value in (values or {}).items():
-        _lay(merged, key.split("."), value)
-    for override in overrides:
-        key, equals, text = override.partition("=")
-        if not equals or not key:
-            raise ConfigError("an override must be key=value", got=override, fix="Write it as train.lr=1e-4.")
-        _lay(merged, key.split("."), _scalar(text))
-    return RunConfig(**merged)
-
-
-def _scalar(text: str) -> Any:
-    """YAML reads 1e-4 as a string (YAML 1.1 wants 1.0e-4): numbers are tried first."""
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return yaml.safe_load(text)
-
-
-def _lay(target: dict[str, Any], keys: Sequence[str], value: Any) -> None:
-    for key in keys[:-1]:
-        inner = target.setdefault(key, {})
-        if not isinstance(inner, dict):
-            raise ConfigError(f"{'.'.join(keys)!r} is not a setting", fix=f"{key!r} holds a value, not a group.")
-        target = inner
-    target[keys[-1]] = value
+    return RunConfig(**layered(RunConfig, path, overrides, values or {}))

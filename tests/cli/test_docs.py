@@ -9,15 +9,25 @@ from pathlib import Path
 
 import pytest
 
-from decal.spec import read_run_config
+from decal.spec import RunConfig, read_run_config
 
 ROOT = Path(__file__).parents[2]
 
 
-def test_the_page_is_what_the_commands_say() -> None:
-    script = runpy.run_path(str(ROOT / "scripts" / "cli_docs.py"))
-    text = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
-    assert text == script["page"](), "run: python scripts/cli_docs.py"
+@pytest.mark.parametrize("name", ["cli", "settings"])
+def test_the_page_is_what_the_commands_and_settings_say(name: str) -> None:
+    script = runpy.run_path(str(ROOT / "scripts" / f"{name}_docs.py"))
+    text = (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")
+    assert text == script["page"](), f"run: python scripts/{name}_docs.py"
+
+
+def test_every_setting_has_its_row() -> None:
+    text = (ROOT / "docs" / "settings.md").read_text(encoding="utf-8")
+    settings = RunConfig(model="m", data={"path": "d"}, quantize="nf4").model_dump()
+    for name, value in settings.items():
+        for inner in value if isinstance(value, dict) else ():
+            assert f"| `{name}.{inner}` |" in text
+        assert f"| `{name}` |" in text
 
 
 def test_the_example_settings_are_settings() -> None:

@@ -11,7 +11,7 @@ import trl
 from decal.data import chat
 from decal.data.batch import IGNORE
 from decal.data.encode import Encoder
-from decal.data.ledger import REFUSED, Tally
+from decal.data.ledger import REFUSED, UNWRITTEN, Tally
 from decal.data.mask import Sample
 from decal.data.shapes import Call, Chat, Turn
 from decal.errors import DataError
@@ -252,6 +252,54 @@ def test_a_template_that_marks_nothing_shows_the_row() -> None:
     maker.chat_template = STYLES["chatml"][0] + "{% generation %}{% endgeneration %}"
     with pytest.raises(DataError, match=r"marks no reply as generated \(got: .*The capital is Paris"):
         encode(maker, TALK)
+
+
+MUTE = {
+    "a constant": "hello",
+    "a constant reply": "{% for m in messages %}{{ m['content'] if m['role'] == 'user' else 'ok' }}<|im_end|>"
+    "{% endfor %}",
+    "questions alone": "{% for m in messages %}{% if m['role'] == 'user' %}{{ m['content'] }}{% endif %}{% endfor %}",
+    "questions that end": "{% for m in messages %}{% if m['role'] == 'user' %}{{ m['content'] }}<|im_end|>{% endif %}"
+    "{% endfor %}",
+    "marked": "{% for m in messages %}{% generation %}hello{% endgeneration %}<|im_end|>{% endfor %}",
+}
+
+
+@pytest.mark.parametrize("loss_on", ["assistant", "all"])
+@pytest.mark.parametrize("template", MUTE.values(), ids=MUTE)
+def test_a_template_that_writes_no_reply_trains_nothing(template: str, loss_on: Any) -> None:
+    maker = styled("chatml")
+    maker.chat_template = template
+    tally = Tally()
+    encoder = Encoder(DataConfig(path="none", loss_on=loss_on), maker)
+    assert list(encoder.encode([(1, Chat(turns=TALK)), (2, Chat(turns=TALK[:2]))], tally)) == []
+    assert tally.dropped == {UNWRITTEN: 2}
+
+
+def test_a_reply_that_a_template_leaves_out_drops_its_row() -> None:
+    """It writes replies, but not this one: the stop token alone would be learnt."""
+    maker = styled("chatml")
+    maker.chat_template = STYLES["chatml"][0].replace(
+        "m['content'] + ", "(m['content'] if 'Japan' not in m['content'] else '') + "
+    )
+    tally = Tally()
+    encoder = Encoder(DataConfig(path="none"), maker)
+    (sample,) = encoder.encode([(1, Chat(turns=TALK)), (2, Chat(turns=TALK[:2]))], tally)
+    assert learnt(maker, sample) == TALK[1].content + "<|im_end|>"
+    assert tally.dropped == {UNWRITTEN: 1}
+
+
+def test_an_empty_reply_amid_a_conversation_is_kept() -> None:
+    maker = styled("chatml")
+    (sample,) = encode(maker, (TALK[0], Turn(role="assistant", content=""), *TALK[2:]))
+    assert learnt(maker, sample) == f"<|im_end|>{TALK[3].content}<|im_end|>"
+
+
+def test_a_template_that_is_no_jinja_is_named_once(tmp_path: Path) -> None:
+    file = tmp_path / "mine.jinja"
+    file.write_text("{% for m in messages %}\n{{ m['content'] }\n{% endfor %}", encoding="utf-8")
+    with pytest.raises(DataError, match=r"the chat template is no Jinja: line 2: .*got: .*mine\.jinja"):
+        Encoder(DataConfig(path="none", chat_template=str(file)), styled("chatml"))
 
 
 def test_two_bos_tokens_are_an_error() -> None:

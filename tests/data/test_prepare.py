@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -95,8 +96,15 @@ def test_nothing_left_to_learn_is_an_error(write: Write, rows: list[Any], settin
 def test_a_template_that_refuses_every_row_is_an_error(write: Write) -> None:
     row = chat("Hi")
     row["messages"].reverse()
-    with pytest.raises(DataError, match="refused 1 rows; row 1: roles must alternate"):
+    with pytest.raises(DataError, match=r"refuses all 1 rows .*the chat template of .*; row 1: roles must alternate"):
         run(write(row), maker=styled("mistral"))
+
+
+def test_a_template_that_writes_no_reply_is_named(write: Write, tmp_path: Path) -> None:
+    file = tmp_path / "mute.jinja"
+    file.write_text("hello", encoding="utf-8")
+    with pytest.raises(DataError, match=r"the template writes none of the reply.*got: .*mute\.jinja, 3 rows of"):
+        run(write(*[chat("Hi")] * 3), chat_template=str(file))
 
 
 def test_loss_on_all_says_how_much_lies_outside_replies(write: Write) -> None:

@@ -106,7 +106,10 @@ def test_text_beside_a_label_must_be_decided() -> None:
         ({"text": "a"}, {"template": "a -> b"}, "names no column"),
         ({"text": "a"}, {"template": "{{txt}}"}, "not there: 'txt'; nearest is 'text'"),
         ({"text": "a"}, {"template": "{{text}}", "shape": "text"}, "contradict"),
-        ({"messages": []}, {}, "no shape"),
+        ({"messages": []}, {}, r"row 1, which tells the shape of all: 'messages' must be a list .*got: list \[\]"),
+        ({"messages": None}, {}, r"'messages' must be a list of messages .*got: null.*Write it as \[\{"),
+        ({"messages": None}, {"shape": "messages"}, r"'messages' must be a list of messages .*got: null"),
+        ({"messages": [{"text": "a"}]}, {}, r"'messages' must be a list of messages .*got: keys text"),
     ],
 )
 def test_unknown_shapes_say_what_was_seen(row: dict[str, Any], settings: dict[str, Any], words: str) -> None:
@@ -118,8 +121,14 @@ def test_unknown_shapes_say_what_was_seen(row: dict[str, Any], settings: dict[st
     ("first", "row", "words"),
     [
         ({"text": "a"}, {"text": None}, "row 7: 'text' must be text .got: null"),
-        ({"text": "a"}, {"text": 3}, "row 7: 'text' must be text .got: int"),
-        ({"messages": SAID}, {"messages": None}, "row 7: 'messages' must be a list of messages"),
+        ({"text": "a"}, {"text": 3}, "row 7: 'text' must be text .got: number 3"),
+        (
+            {"messages": SAID},
+            {"messages": None},
+            r"row 7: 'messages' must be a list of messages .got: null.*Write it as",
+        ),
+        ({"messages": SAID}, {"text": "a"}, "row 7 has no 'messages', which the first row has .got: columns text"),
+        ({"messages": SAID}, {"messages": [*SAID, "a"]}, r"row 7: messages\[2\] must be a message .* .got: text \"a\""),
         (
             {"messages": SAID},
             {"messages": [*SAID, {"role": "user", "content": None}]},
@@ -138,7 +147,7 @@ def test_unknown_shapes_say_what_was_seen(row: dict[str, Any], settings: dict[st
             r"tool_calls of messages\[0\] must be a list of",
         ),
         ({"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": 1.5}, "row 7: 'completion' must be text"),
-        ({"instruction": "a", "output": "b"}, {"instruction": "a"}, "row 7: 'output' must be text .got: null"),
+        ({"instruction": "a", "output": "b"}, {"instruction": "a"}, "row 7 has no 'output'.*got: columns instruction"),
     ],
 )
 def test_wrong_cells_name_their_row(first: dict[str, Any], row: dict[str, Any], words: str) -> None:

@@ -112,8 +112,11 @@ def test_a_broken_array_is_shown(tmp_path: Path) -> None:
     path.write_text('[{"text": "a"},\n {"text": }]')
     with pytest.raises(DataError, match=r"line 2 is not JSON.*near '.*\"text\": \}"):
         read(path)
-    path.write_text("[1, 2]")
-    with pytest.raises(DataError, match="array of objects"):
+    path.write_text('[{"text": "a"}, 2]')
+    with pytest.raises(DataError, match=r"array of objects, and its item 2 is none .got: 2"):
+        read(path)
+    path.write_text("\n[1, 2]\n[3, 4]\n")
+    with pytest.raises(DataError, match=r"each line must hold one JSON object .got: \[1, 2\] in .*data\.json, line 2"):
         read(path)
 
 
@@ -121,7 +124,8 @@ def test_a_broken_array_is_shown(tmp_path: Path) -> None:
     ("name", "content", "words"),
     [
         ("a.jsonl", b"", "empty"),
-        ("a.jsonl", b'{"text": "a"}\n"b"\n', r"one JSON object .got: str in .*a\.jsonl, line 2"),
+        ("a.jsonl", b'{"text": "a"}\n"b"\n', r'one JSON object .got: "b" in .*a\.jsonl, line 2'),
+        ("a.jsonl", b'{"text": "a"}\n[1, 2]\n', r"one JSON object .got: \[1, 2\] in .*a\.jsonl, line 2"),
         ("a.csv", b"text,text\n1,2\n", r"a\.csv names a column twice .got: text"),
         ("a.jsonl", '{"text": "é"}'.encode("latin-1"), "not UTF-8"),
         ("a.jsonl.gz", gzip.compress(b'{"text": "a"}' * 1000)[:40], "cannot be read"),

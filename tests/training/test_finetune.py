@@ -22,8 +22,8 @@ from decal.model.wrapper import PeftModel
 from decal.recipes import finetune as recipe
 from decal.recipes.finetune import Finetuned, finetune
 from decal.rundir import RunDir
-from decal.spec import RunConfig, read_run_config
-from decal.training import losses
+from decal.spec import LoraConfig, RunConfig, TaskType, read_run_config
+from decal.training import losses, precision
 from tests.training.tiny_run import config, make_files
 
 
@@ -170,6 +170,26 @@ def test_what_is_refused_leaves_no_folder_behind(folder: Path, monkeypatch: pyte
             )
         )
     assert not (folder / "refused").exists()
+
+
+def test_what_may_be_a_mistake_is_noted_once_at_the_start(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(precision, "cpu_has_bf16", lambda: False)
+    settings = config(folder, output="loud", steps=1, precision="bf16", lr=1e-5, eval_every=None)
+    loud = settings.model_copy(update={"lora": LoraConfig(r=4, lora_alpha=4000, target_modules=["q_proj"])})
+    finetune(loud)
+    notes = [event["text"] for event in RunDir(folder / "loud").events() if event["kind"] == "note"]
+    assert [note for note in notes if "scale, lora_alpha / r, is 1,000" in note] == notes[:1]
+    assert [note for note in notes if "up to 22 times slower" in note] == notes[1:2]
+    finetune(config(folder, output="quiet", steps=1))
+    assert not [event for event in RunDir(folder / "quiet").events() if event["kind"] == "note"]
+
+
+def test_an_adapter_marked_for_another_task_is_refused_however_it_came(folder: Path) -> None:
+    settings = config(folder, output="classes")
+    settings.lora.task_type = TaskType.SEQ_CLS  # an adapter's settings may be changed, as in PEFT
+    with pytest.raises(ConfigError, match=r"lora\.task_type=SEQ_CLS"):
+        finetune(settings)
+    assert not (folder / "classes").exists()
 
 
 def test_a_folder_with_a_run_is_not_written_over(done: Finetuned, folder: Path) -> None:

@@ -91,7 +91,7 @@ def test_every_optimizer_has_the_same_groups_and_pages_only_on_a_card(kind: str)
 def test_the_settings_and_the_command_know_these_optimizers() -> None:
     assert TrainConfig.model_fields["optimizer"].annotation.__args__ == KINDS  # type: ignore[union-attr]
     assert tuple(kind.value for kind in train.Optimizer) == KINDS
-    with pytest.raises(ConfigError, match=r"'optimizer' is wrong.*'paged_adamw8bit'"):
+    with pytest.raises(ConfigError, match=r"'optimizer' must be.*'paged_adamw8bit'"):
         TrainConfig(optimizer="adam8bit")
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from decal.errors import ConfigError
 from decal.spec import TrainConfig
-from decal.training import plan
+from decal.training import optim, plan
 
 
 def make(steps_per_epoch: int | None = 10, evaluates: bool = True, **settings: Any) -> plan.Plan:
@@ -38,6 +38,16 @@ def test_evaluation_and_saving_fall_on_epoch_ends_unless_said() -> None:
 )
 def test_warm_up_is_a_share_or_a_number_and_never_the_whole_run(warmup: float, steps: int, expected: int) -> None:
     assert make(steps=steps, warmup=warmup).warmup == expected
+
+
+@pytest.mark.parametrize("schedule", optim.SCHEDULES)
+@pytest.mark.parametrize("warmup", [0, 0.03, 0.5, 0.99])
+@pytest.mark.parametrize("steps", [1, 2, 3, 10])
+def test_every_run_has_a_step_that_moves_the_weights(steps: int, warmup: float, schedule: str) -> None:
+    todo = make(steps=steps, warmup=warmup)
+    rates = [optim.SCHEDULES[schedule](step, todo.warmup, todo.steps) for step in range(steps)]
+    assert max(rates) == 1
+    assert rates[-1] > 0
 
 
 def test_settings_that_would_mean_nothing_are_refused() -> None:

@@ -32,7 +32,6 @@ app = typer.Typer(
     name="decal",
     help="Fine-tune language models with LoRA, see what was learnt, and take it elsewhere.",
     epilog="Start here: decal quickstart",
-    no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
@@ -72,7 +71,7 @@ def main(words: Sequence[str] | None = None) -> None:
 def run(words: Sequence[str], *, debug: bool) -> int:
     """Run one command and return its exit code; every error becomes a few lines on stderr."""
     try:
-        code = app(list(words), prog_name="decal", standalone_mode=False)
+        code = app(list(words) or ["--help"], prog_name="decal", standalone_mode=False)
         return code if isinstance(code, int) else 0
     except DecalError as error:
         if debug:

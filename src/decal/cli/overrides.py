@@ -8,9 +8,12 @@ from typing import Any
 
 from decal import rundir
 from decal.errors import ConfigError, nearest
-from decal.spec import DataConfig, LoraConfig, RunConfig, Settings, TrainConfig, read_run_config
+from decal.settings import Settings, group_of
+from decal.spec import RunConfig, read_run_config
 
-SECTIONS: dict[str, type[Settings]] = {"data": DataConfig, "lora": LoraConfig, "train": TrainConfig}
+SECTIONS: dict[str, type[Settings]] = {
+    name: group for name, field in RunConfig.model_fields.items() if (group := group_of(field.annotation)) is not None
+}
 OTHER_WORDS = {  # what people write, by habit from other tools, and what decal calls it
     "rank": "lora.r",
     "alpha": "lora.lora_alpha",
@@ -52,7 +55,7 @@ def read(words: Sequence[str], values: Mapping[str, Any], *, resume: bool) -> Ru
 
 def check_key(key: str) -> None:
     """Raise ConfigError for a dotted key that is no setting, with the one that was probably meant."""
-    known = {name for name in RunConfig.model_fields if name not in SECTIONS}
+    known = set(RunConfig.model_fields)  # a whole section, too: quantize=nf4, train={lr: 1e-3}
     for section, settings in SECTIONS.items():
         known |= {f"{section}.{name}" for name in settings.model_fields}
     if key in known or any(key.startswith(f"{free}.") for free in ("lora.rank_pattern", "lora.alpha_pattern")):

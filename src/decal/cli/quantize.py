@@ -46,7 +46,7 @@ def quantize(
     """Quantise a model to 4 bits, in the layout that transformers and bitsandbytes read, and measure the error."""
     from decal.spec import QuantConfig
 
-    settings = QuantConfig.model_validate({"format": format.value, "block": block, "double_quant": double_quant})
+    settings = QuantConfig(**{"format": format.value, "block": block, "double_quant": double_quant})
     with console.working("quantising"):
         from decal.recipes import quantize as recipe
         from decal.report import quantization

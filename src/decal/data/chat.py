@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
-from jinja2 import TemplateError
+from jinja2 import TemplateError, TemplateSyntaxError
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from decal.data.shapes import Call, Chat, Turn
@@ -50,22 +50,36 @@ class Refused(Exception):
     """The template cannot write this conversation (roles that do not alternate, say)."""
 
 
+class Unwritten(Exception):
+    """The template writes the same whatever the assistant says."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Rendered:
-    """A conversation as text; `spans` are the characters of the replies to learn."""
+    """A conversation as text; `spans` are the characters of the replies to learn, `worded` says which are not empty."""
 
     text: str
     spans: tuple[Span, ...]
+    worded: tuple[bool, ...]
 
 
 class ChatFormat:
     """One tokenizer's chat template: how conversations become text.
 
-    `template` is the Jinja source in use (to be kept with the adapter), `notes` say what was adapted.
+    `template` is the Jinja source in use (to be kept with the adapter), `name` is for errors, `notes` say what was
+    adapted. Raises DataError for a template that is no Jinja.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str, *, notes: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        template: str,
+        *,
+        name: str = "the chat template",
+        notes: Sequence[str] = (),
+    ) -> None:
         self.template = template
+        self._name = name
         self.notes: dict[str, None] = dict.fromkeys(notes)  # an ordered set
         self._special = dict(tokenizer.special_tokens_map)
         self._marked = "endgeneration" in template
@@ -75,19 +89,26 @@ class ChatFormat:
             self._note("the chat template may write today's date: on another day the same rows give other tokens")
 
     def write(self, chat: Chat) -> Rendered:
-        """Return the text and the reply spans; raise Refused if the template cannot write this conversation."""
+        """Return the text and the reply spans.
+
+        Raises Refused if the template cannot write this conversation, Unwritten if it never writes a reply.
+        """
+        if not self._knows("reply"):
+            raise Unwritten
         turns = self._adapt(chat)
         messages = [_message(turn) for turn in turns]
         tools = list(chat.tools) if chat.tools and self._knows("tools") else None
         learnt = [i for i, turn in enumerate(turns) if turn.role == "assistant" and turn.learn]
         text, tagged = self._render(messages, tools)
         if self._marked:
-            return Rendered(text=text, spans=_tagged(tagged, turns))
+            marked = _tagged(tagged, turns)
+            return Rendered(text=text, spans=marked, worded=(True,) * len(marked))
         spans = self._marks(text, messages, tools, learnt)
         for i in learnt:
             if i not in spans:
                 spans[i] = self._prefix(text, messages, tools, i)
-        return Rendered(text=text, spans=tuple(spans[i] for i in learnt))
+        worded = tuple(bool(turns[i].content.strip() or turns[i].calls) for i in learnt)
+        return Rendered(text=text, spans=tuple(spans[i] for i in learnt), worded=worded)
 
     def text(self, chat: Chat, *, generation_prompt: bool = False) -> str:
         """Return the conversation as text."""
@@ -108,6 +129,12 @@ class ChatFormat:
                 add_generation_prompt=generation_prompt,
                 **self._special,
             )
+        except TemplateSyntaxError as error:
+            raise DataError(
+                f"the chat template is no Jinja: line {error.lineno}: {error.message}",
+                got=self._name,
+                fix="Correct it, or give another data.chat_template.",
+            ) from None
         except (TemplateError, TypeError, ValueError, KeyError, IndexError) as error:
             raise Refused(str(error)) from error
         return texts[0], (tagged[0] if self._marked else [])
@@ -234,13 +261,22 @@ class ChatFormat:
         self.notes[text] = None
 
     def _knows(self, what: str) -> bool:
-        """Whether a probe conversation comes out with its probe word: templates that drop or refuse it do not."""
+        """Whether a probe conversation comes out with its probe word: templates that drop or refuse it do not.
+
+        A reply is known if another one gives another text (it may be rewritten), or if the probe is refused.
+        """
         if what not in self._supports:
             self._supports[what] = self._probe(what)
         return self._supports[what]
 
     def _probe(self, what: str) -> bool:
         user, reply = Turn(role="user", content="hello"), Turn(role="assistant", content="hello")
+        if what == "reply":
+            two = [[_message(user), {"role": "assistant", "content": word}] for word in PROBES[:2]]
+            try:
+                return self._render(two[0], None)[0] != self._render(two[1], None)[0]
+            except Refused:
+                return True
         call = Turn(role="assistant", content="", calls=(Call(name="f" if what == "tool" else PROBE, arguments={}),))
         tools: list[Any] | None = None
         if what == "system":
@@ -260,14 +296,16 @@ class ChatFormat:
             return False
 
 
-def choose(tokenizer: PreTrainedTokenizerBase, template: str | None) -> ChatFormat | None:
+def choose(
+    tokenizer: PreTrainedTokenizerBase, template: str | None, *, name: str = "the chat template"
+) -> ChatFormat | None:
     """Return the format of a template's text, else of the tokenizer's own template; None if there is neither."""
     if template is not None:
-        return ChatFormat(tokenizer, template)
+        return ChatFormat(tokenizer, template, name=name)
     own = tokenizer.chat_template
     if isinstance(own, Mapping):
         own = own.get("default")
-    return ChatFormat(tokenizer, own) if own else None
+    return ChatFormat(tokenizer, own, name=name) if own else None
 
 
 def default(tokenizer: PreTrainedTokenizerBase) -> ChatFormat:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from decal.data import chat, mask
 from decal.data.batch import IGNORE
-from decal.data.ledger import EMPTY, NO_REPLY, REPLY_CUT, TOO_LONG, Tally
+from decal.data.ledger import EMPTY, NO_REPLY, REPLY_CUT, TOO_LONG, UNWRITTEN, Tally
 from decal.data.shapes import Chat, Example, Pair, Passage, Turn
 from decal.errors import DataError, nearest
 from decal.spec import DataConfig
@@ -23,11 +23,15 @@ CHUNK = 256  # rows tokenised in one call: the tokenizer works on them in parall
 
 @dataclass(frozen=True, kw_only=True)
 class Written:
-    """A row's text; `bos` and `eos`: whether those tokens are put around it (a chat template writes its own)."""
+    """A row's text; `bos` and `eos`: whether those tokens are put around it (a chat template writes its own).
+
+    `worded` says for each span whether its reply has words or calls, so that there must be something to learn.
+    """
 
     number: int
     text: str
     spans: tuple[chat.Span, ...]
+    worded: tuple[bool, ...]
     bos: bool
     eos: bool
 
@@ -44,7 +48,7 @@ class Encoder:
             )
         self.config = config
         self.tokenizer = tokenizer
-        self._format = chat.choose(tokenizer, _read_template(config.chat_template))
+        self._format = chat.choose(tokenizer, _read_template(config.chat_template), name=self.template_name)
         self._bos = chat.adds_bos(tokenizer)
         added = getattr(tokenizer, "added_tokens_decoder", {})
         self._controls = frozenset(tokenizer.all_special_ids) | frozenset(added)
@@ -61,6 +65,11 @@ class Encoder:
     def template(self) -> str | None:
         """The Jinja source of the chat format in use; None if the rows are raw text."""
         return None if self._format is None else self._format.template
+
+    @property
+    def template_name(self) -> str:
+        """The chat template's name, for the text of an error."""
+        return self.config.chat_template or f"the chat template of {self.tokenizer.name_or_path or 'the tokenizer'}"
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -90,6 +99,8 @@ class Encoder:
                     continue
                 try:
                     yield self._write_chat(number, example)
+                except chat.Unwritten:
+                    tally.drop(UNWRITTEN)
                 except chat.Refused as refusal:
                     tally.refuse(number, str(refusal))
                 continue
@@ -112,7 +123,9 @@ class Encoder:
             )
         last = example.turns[-1]
         ends = self._appends_eos and last.role == "assistant" and last.learn
-        return Written(number=number, text=written.text, spans=written.spans, bos=False, eos=ends)
+        return Written(
+            number=number, text=written.text, spans=written.spans, worded=written.worded, bos=False, eos=ends
+        )
 
     def _write_raw(self, number: int, example: Pair | Passage) -> Written | None:
         if isinstance(example, Pair):
@@ -128,7 +141,8 @@ class Encoder:
             )
         text = prompt + reply
         bos = self._bos and not text.startswith(self.tokenizer.bos_token)
-        return Written(number=number, text=text, spans=((len(prompt), len(text)),), bos=bos, eos=True)
+        span = (len(prompt), len(text))
+        return Written(number=number, text=text, spans=(span,), worded=(False,), bos=bos, eos=True)
 
     # --- tokens ---
 
@@ -156,6 +170,9 @@ class Encoder:
             control_ids=self._controls,
             blank=lambda position: not row.text[slice(*offsets[position])].strip(),
         )
+        if any(row.worded[i] for i in masked.bare):
+            tally.drop(UNWRITTEN)
+            return None
         return self._fit(masked, tally)
 
     def _fit(self, masked: mask.Masked, tally: Tally) -> mask.Sample | None:

@@ -18,6 +18,7 @@ NO_REPLY = "no assistant turn to learn"
 REFUSED = "refused by the chat template"
 TOO_LONG = "longer than max_length"
 REPLY_CUT = "reply beyond max_length"
+UNWRITTEN = "reply not written by the chat template"
 EMPTY = "no tokens"
 
 
@@ -155,16 +156,33 @@ def fingerprint(sample: Sample) -> bytes:
     return hashlib.sha256(np.array([sample.ids, sample.labels], dtype="<i4").tobytes()).digest()
 
 
-def check(ledger: Ledger, *, needs_stop: bool, max_length: int) -> None:
-    """Raise DataError if nothing is left to learn, or if no reply would teach the model to stop."""
+def check(ledger: Ledger, *, needs_stop: bool, max_length: int, template: str) -> None:
+    """Raise DataError if nothing is left to learn, or if no reply would teach the model to stop.
+
+    `template` names the chat template.
+    """
     if ledger.rows == 0:
         raise DataError("the data set is empty", got=ledger.source, fix="Give at least one row.")
     if ledger.used == 0:
+        refusal = next((note for note in ledger.notes if "refused" in note), "Give another chat_template.")
+        if set(ledger.dropped) == {UNWRITTEN}:
+            raise DataError(
+                "the template writes none of the reply: there would be nothing to learn but the stop token",
+                got=f"{template}, {ledger.rows} rows of {ledger.source}",
+                fix="Give another data.chat_template: one that writes the content of each assistant message.",
+            )
+        if set(ledger.dropped) == {REFUSED}:
+            raise DataError(
+                f"the template refuses all {ledger.rows} rows of {ledger.source}",
+                got=f"{template}; {refusal.partition('; ')[2]}",
+                fix="Correct the template (data.chat_template), or the rows.",
+            )
         reasons = ", ".join(f"{count} {reason}" for reason, count in ledger.dropped.items())
         fixes = {
             NO_REPLY: "Give rows that end in a reply of the assistant.",
-            REFUSED: next((note for note in ledger.notes if "refused" in note), "Give another chat_template."),
+            REFUSED: refusal,
             TOO_LONG: f"Raise max_length (now {max_length}), or set too_long: cut.",
+            UNWRITTEN: f"Give another data.chat_template: {template} writes none of the reply there.",
             REPLY_CUT: f"Raise max_length (now {max_length}): the prompts alone fill it.",
             EMPTY: "Give rows with text.",
         }

@@ -24,11 +24,13 @@ class Sample:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Masked:
     """A sample before cutting. `stops`: positions of learnt stop tokens; `merged`: replies whose first token also
-    holds the end of the prompt, so that generation will meet another token there."""
+    holds the end of the prompt, so that generation will meet another token there; `bare`: which of the spans hold
+    nothing to learn but their stop token and blanks."""
 
     sample: Sample
     stops: tuple[int, ...]
     merged: int = 0
+    bare: tuple[int, ...] = ()
 
 
 def lay(
@@ -47,9 +49,10 @@ def lay(
     """
     labels = [IGNORE] * len(ids)
     stops: list[int] = []
+    bare: list[int] = []
     merged = 0
     token = 0
-    for start, end in spans:
+    for number, (start, end) in enumerate(spans):
         while token < len(ids) and offsets[token][1] <= start:
             token += 1
         first = token
@@ -64,12 +67,15 @@ def lay(
             stop = find(inside[-1] + 1) if inside else None
         until = last if stop is None else stop + 1
         labels[first:until] = ids[first:until]
+        if all(position == stop or blank(position) for position in range(first, until)):
+            bare.append(number)
         if stop is not None:
             stops.append(stop)
             token = max(token, until)
     if labels:
         labels[0] = IGNORE
-    return Masked(sample=Sample(ids=list(ids), labels=labels), stops=tuple(stops), merged=merged)
+    sample = Sample(ids=list(ids), labels=labels)
+    return Masked(sample=sample, stops=tuple(stops), merged=merged, bare=tuple(bare))
 
 
 def _stop(

@@ -114,7 +114,7 @@ def _shape(config: DataConfig, rows: Numbered, name: str) -> tuple[shapes.Shape,
     first = next(iter(rows), None)
     if first is None:
         raise DataError("the data set is empty", got=name, fix="Give at least one row.")
-    shape = shapes.recognise(first[1], shape=config.shape, template=config.template)
+    shape = shapes.recognise(first[1], shape=config.shape, template=config.template, number=first[0])
     unused = shape.unused(first[1])
     return shape, [f"columns not used: {', '.join(unused)}"] if unused else []
 
@@ -171,5 +171,6 @@ def _close(
         notes=(*notes, *encoder.notes),
         partial=partial,
     )
-    ledger.check(closed, needs_stop=shape.name != "text", max_length=config.max_length)
+    needs_stop = shape.name != "text"
+    ledger.check(closed, needs_stop=needs_stop, max_length=config.max_length, template=encoder.template_name)
     return closed

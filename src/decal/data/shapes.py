@@ -12,57 +12,21 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
+from decal.data import cells
+from decal.data.cells import Call as Call
+from decal.data.cells import Row as Row
+from decal.data.cells import Turn as Turn
 from decal.errors import DataError, nearest
-
-Row = Mapping[str, Any]
-Message = Mapping[str, Any]
 
 LIST_COLUMNS = ("messages", "conversation", "conversations")
 ANSWERS, INPUTS = ("output", "response"), ("input", "context")
 CLASS_COLUMNS = ("label", "labels", "target", "class", "intent")
-ROLES = {
-    "system": "system",
-    "developer": "system",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "model": "assistant",
-    "bot": "assistant",
-    "function_call": "call",
-    "tool_call": "call",
-    "tool": "tool",
-    "function": "tool",
-    "observation": "tool",
-    "function_response": "tool",
-}
 PLACEHOLDER = re.compile(r"\{\{\s*([^{}]+?)\s*\}\}")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Call:
-    """One function call that the assistant makes."""
-
-    name: str
-    arguments: Any
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Turn:
-    """One message; `role` is system, user, assistant or tool. Only assistant turns with `learn` are trained on."""
-
-    role: str
-    content: str
-    calls: tuple[Call, ...] = ()
-    reasoning: str | None = None
-    learn: bool = True
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -116,7 +80,7 @@ class Shape:
         return sorted(set(row) - set(self.used))
 
 
-def recognise(row: Row, *, shape: str = "auto", template: str | None = None) -> Shape:
+def recognise(row: Row, *, shape: str = "auto", template: str | None = None, number: int = 1) -> Shape:
     """Return the shape of a data set from its first row; raise DataError if it is none that decal reads."""
     if template is not None:
         if shape not in ("auto", "template"):
@@ -134,6 +98,7 @@ def recognise(row: Row, *, shape: str = "auto", template: str | None = None) -> 
     if shape != "auto":
         found = tried[shape](row)
         if found is None:
+            _refuse_lists(row, number)
             raise _unknown(row, f"the rows are not of the shape {shape!r}")
         return found
     for build in tried.values():
@@ -142,7 +107,22 @@ def recognise(row: Row, *, shape: str = "auto", template: str | None = None) -> 
             if found.name == "text":
                 _refuse_labels(row)
             return found
+    _refuse_lists(row, number)
     raise _unknown(row, "the rows are of no shape that decal knows")
+
+
+def _refuse_lists(row: Row, number: int) -> None:
+    """Say what is wrong with a column that by its name should hold messages."""
+    name = next((name for name in LIST_COLUMNS if name in row), None)
+    if name is None or isinstance(row[name], str):  # a text of that name may be used with a template
+        return
+    value = row[name]
+    first = value[0] if isinstance(value, Sequence) and value else None
+    raise DataError(
+        f"row {number}, which tells the shape of all: {name!r} must be a list of messages with role and content",
+        got=f"keys {', '.join(map(str, first)) or 'none'}" if isinstance(first, Mapping) else cells.shown(value),
+        fix=cells.MESSAGES,
+    )
 
 
 def _unknown(row: Row, what: str) -> DataError:
@@ -187,7 +167,7 @@ def _messages_shape(row: Row) -> Shape | None:
         return None
 
     def read(row: Row, number: int) -> Example:
-        return Chat(turns=_system(row, number) + _turns(row, name, number), tools=_tools(row, number))
+        return Chat(turns=cells.system(row, number) + cells.turns(row, name, number), tools=cells.tools(row, number))
 
     return Shape(name="messages", says=f"messages in {name!r}", read=read, used=(name, "tools", "system"))
 
@@ -198,7 +178,7 @@ def _sharegpt_shape(row: Row) -> Shape | None:
         return None
 
     def read(row: Row, number: int) -> Example:
-        return Chat(turns=_system(row, number) + _turns(row, name, number), tools=_tools(row, number))
+        return Chat(turns=cells.system(row, number) + cells.turns(row, name, number), tools=cells.tools(row, number))
 
     return Shape(name="sharegpt", says=f"ShareGPT turns in {name!r}", read=read, used=(name, "tools", "system"))
 
@@ -209,10 +189,10 @@ def _pair_shape(row: Row) -> Shape | None:
 
     def read(row: Row, number: int) -> Example:
         if isinstance(row.get("prompt"), (list, tuple)):
-            given = tuple(_unlearnt(turn) for turn in _turns(row, "prompt", number))
-            return Chat(turns=given + _turns(row, "completion", number), tools=_tools(row, number))
-        completion = _text(row, "completion", number)
-        return Pair(prompt=_text(row, "prompt", number), completion=completion, as_chat=True)
+            given = tuple(cells.unlearnt(turn) for turn in cells.turns(row, "prompt", number))
+            return Chat(turns=given + cells.turns(row, "completion", number), tools=cells.tools(row, number))
+        completion = cells.text(row, "completion", number)
+        return Pair(prompt=cells.text(row, "prompt", number), completion=completion, as_chat=True)
 
     return Shape(
         name="prompt_completion", says="prompt and completion", read=read, used=("prompt", "completion", "tools")
@@ -226,11 +206,11 @@ def _instruction_shape(row: Row) -> Shape | None:
     extra = next((name for name in INPUTS if name in row), None)
 
     def read(row: Row, number: int) -> Example:
-        words = _text(row, "instruction", number)
-        more = _text(row, extra, number) if extra is not None and row.get(extra) is not None else ""
+        words = cells.text(row, "instruction", number)
+        more = cells.text(row, extra, number) if extra is not None and row.get(extra) is not None else ""
         user = f"{words}\n\n{more}" if more.strip() else words
-        reply = Turn(role="assistant", content=_text(row, answer, number))
-        return Chat(turns=(*_system(row, number), Turn(role="user", content=user), reply))
+        reply = Turn(role="assistant", content=cells.text(row, answer, number))
+        return Chat(turns=(*cells.system(row, number), Turn(role="user", content=user), reply))
 
     used = ("instruction", answer, "system", *([extra] if extra else []))
     says = "instruction, " + (f"{extra}, " if extra else "") + answer
@@ -242,7 +222,7 @@ def _text_shape(row: Row) -> Shape | None:
         return None
 
     def read(row: Row, number: int) -> Example:
-        return Passage(text=_text(row, "text", number))
+        return Passage(text=cells.text(row, "text", number))
 
     return Shape(name="text", says="plain text", read=read, used=("text",))
 
@@ -264,134 +244,7 @@ def _template_shape(template: str, row: Row) -> Shape:
     gap = head[len(prompt_head) :]  # tokenizers join a blank to the word behind it: it belongs to the completion
 
     def read(row: Row, number: int) -> Example:
-        prompt = PLACEHOLDER.sub(lambda match: _cell(row, match[1], number), prompt_head)
-        return Pair(prompt=prompt, completion=gap + _cell(row, names[-1], number) + tail)
+        prompt = PLACEHOLDER.sub(lambda match: cells.text_or_number(row, match[1], number), prompt_head)
+        return Pair(prompt=prompt, completion=gap + cells.text_or_number(row, names[-1], number) + tail)
 
     return Shape(name="template", says=f"the template {template!r}", read=read, used=tuple(names))
-
-
-# --- cells -----------------------------------------------------------------------------------------------------
-
-
-def _wrong(what: str, number: int, value: object, wanted: str = "text") -> DataError:
-    kind = "null" if value is None else type(value).__name__
-    return DataError(f"row {number}: {what} must be {wanted}", got=kind, fix="Correct or delete this row.")
-
-
-def _text(row: Row, name: str, number: int) -> str:
-    value = row.get(name)
-    if not isinstance(value, str):
-        raise _wrong(repr(name), number, value)
-    return value
-
-
-def _cell(row: Row, name: str, number: int) -> str:
-    """A template's column: text or a plain number (a class, a count)."""
-    value = row.get(name)
-    if isinstance(value, str):
-        return value
-    if isinstance(value, (int, float)):
-        return json.dumps(value)
-    raise _wrong(repr(name), number, value, "text or a number")
-
-
-def _system(row: Row, number: int) -> tuple[Turn, ...]:
-    if not row.get("system"):
-        return ()
-    return (Turn(role="system", content=_text(row, "system", number)),)
-
-
-def _unlearnt(turn: Turn) -> Turn:
-    return Turn(role=turn.role, content=turn.content, calls=turn.calls, reasoning=turn.reasoning, learn=False)
-
-
-def _turns(row: Row, column: str, number: int) -> tuple[Turn, ...]:
-    value = row.get(column)
-    if not isinstance(value, (list, tuple)) or not all(isinstance(message, Mapping) for message in value):
-        raise _wrong(repr(column), number, value, "a list of messages")
-    return tuple(_turn(message, f"{column}[{i}]", number) for i, message in enumerate(value))
-
-
-def _turn(message: Message, where: str, number: int) -> Turn:
-    said = message.get("role", message.get("from"))
-    role = ROLES.get(said.lower()) if isinstance(said, str) else None
-    if role is None:
-        known = ", ".join(ROLES)
-        raise DataError(f"row {number}: {where} has an unknown role", got=repr(said), fix=f"Known: {known}.")
-    content = message["content"] if "content" in message else message.get("value")
-    calls = _calls(message, where, number)
-    if content is None and calls:
-        content = ""
-    if role == "call":
-        parsed = _parse_calls(content)
-        if parsed:
-            return Turn(role="assistant", content="", calls=parsed)
-        role = "assistant"
-    if role == "tool" and isinstance(content, Mapping):
-        content = json.dumps(content, ensure_ascii=False)
-    reasoning = message.get("reasoning_content")
-    return Turn(
-        role=role,
-        content=_content(content, where, number),
-        calls=calls,
-        reasoning=reasoning if isinstance(reasoning, str) and reasoning else None,
-        learn=message.get("weight") != 0,
-    )
-
-
-def _content(value: object, where: str, number: int) -> str:
-    if isinstance(value, str):
-        return value
-    if isinstance(value, (list, tuple)):  # OpenAI's list of parts
-        texts = [part.get("text") if isinstance(part, Mapping) else None for part in value]
-        if all(isinstance(text, str) for text in texts):
-            return "".join(str(text) for text in texts)
-        raise _wrong(f"the content of {where}", number, value, "text (decal trains on text, not on images or sound)")
-    raise _wrong(f"the content of {where}", number, value)
-
-
-def _calls(message: Message, where: str, number: int) -> tuple[Call, ...]:
-    value = message.get("tool_calls")
-    if not value:
-        return ()
-    parsed = _parse_calls(value)
-    if not parsed:
-        raise _wrong(f"tool_calls of {where}", number, value, "a list of {name, arguments}")
-    return parsed
-
-
-def _parse_calls(value: object) -> tuple[Call, ...]:
-    """Read calls from JSON text, one object or a list; an empty tuple if they are none."""
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except json.JSONDecodeError:
-            return ()
-    items = value if isinstance(value, (list, tuple)) else [value]
-    calls = []
-    for item in items:
-        inner = item.get("function", item) if isinstance(item, Mapping) else None
-        if not isinstance(inner, Mapping) or not isinstance(inner.get("name"), str):
-            return ()
-        arguments = inner.get("arguments", {})
-        if isinstance(arguments, str):
-            with suppress(json.JSONDecodeError):  # not JSON: kept as the text it is
-                arguments = json.loads(arguments)
-        calls.append(Call(name=inner["name"], arguments=arguments))
-    return tuple(calls)
-
-
-def _tools(row: Row, number: int) -> tuple[Any, ...]:
-    value = row.get("tools")
-    if isinstance(value, str):
-        try:
-            value = json.loads(value) if value.strip() else None
-        except json.JSONDecodeError:
-            raise _wrong("'tools'", number, value, "JSON") from None
-    if not value:
-        return ()
-    if isinstance(value, Mapping):
-        value = [value]
-    if not isinstance(value, (list, tuple)):
-        raise _wrong("'tools'", number, value, "a list of functions")
-    return tuple(item if "function" in item else {"type": "function", "function": item} for item in value)

@@ -17,6 +17,7 @@ from typing import Any, TextIO
 from decal.errors import DataError
 
 Row = Mapping[str, Any]
+OBJECT = 'Write each row as {"column": value, ...}.'
 
 
 def decode(line: str, files: tuple[Path, ...]) -> Row:
@@ -28,8 +29,8 @@ def decode(line: str, files: tuple[Path, ...]) -> Row:
     if not isinstance(row, dict):
         raise DataError(
             "each line must hold one JSON object",
-            got=f"{type(row).__name__} in {_place(line, files)}",
-            fix='Write each row as {"column": value, ...}.',
+            got=f"{line.strip()[:60]} in {_place(line, files)}",
+            fix=OBJECT,
         )
     return row
 
@@ -66,13 +67,24 @@ def read_arrays(files: Iterable[Path]) -> Iterator[Row]:
         try:
             rows = json.loads(text)
         except json.JSONDecodeError as error:
+            first = text.lstrip().partition("\n")[0].strip()
+            if error.msg == "Extra data" and first.endswith("]"):  # no array of rows, but an array on each line
+                line = text[: text.index(first)].count("\n") + 1
+                got = f"{first[:60]} in {file}, line {line}"
+                raise DataError("each line must hold one JSON object", got=got, fix=OBJECT) from None
             near = text[max(error.pos - 30, 0) : error.pos + 30]
             raise DataError(
                 f"{file}, line {error.lineno} is not JSON: {error.msg} at column {error.colno}, near {near!r}",
                 fix="Correct the file: it must hold an array of objects.",
             ) from None
-        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        if not isinstance(rows, list):
             raise DataError("a JSON file must hold an array of objects", got=file, fix="Write it as [{...}, {...}].")
+        for number, row in enumerate(rows, start=1):
+            if not isinstance(row, dict):
+                shown = json.dumps(row, ensure_ascii=False)[:60]
+                raise DataError(
+                    f"{file} must hold an array of objects, and its item {number} is none", got=shown, fix=OBJECT
+                )
         yield from rows
 
 

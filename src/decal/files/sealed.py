@@ -58,4 +58,4 @@ def read(folder: Path) -> Seal:
         settings, base = facts["quantize"], facts["base_fingerprint"]
     except (ValueError, KeyError, TypeError):
         raise AdapterError("the adapter's seal is damaged", got=file, fix="Copy the adapter again.") from None
-    return Seal(quantize=None if settings is None else QuantConfig.model_validate(settings), base_fingerprint=base)
+    return Seal(quantize=None if settings is None else QuantConfig(**settings), base_fingerprint=base)

@@ -46,7 +46,7 @@ def load_model(
     low_cpu_mem_usage: bool | None = None,
     torch_dtype: str | torch.dtype | None = None,
     num_labels: int | None = None,
-    quantize: str | QuantConfig | None = None,
+    quantize: str | dict[str, Any] | QuantConfig | None = None,
     double_quant: bool = True,
     quantization_config: Any = None,
     attn_implementation: str | None = None,
@@ -59,7 +59,7 @@ def load_model(
     up to 22 times slower on a CPU without instructions for them), while its large weights stay 16-bit in memory.
     `low_cpu_mem_usage` is accepted and is always so.
 
-    `quantize` ("nf4", "fp4", "int8" or a QuantConfig) stores the linear layers in codes as the checkpoint streams in;
+    `quantize` ("nf4", "fp4", "int8", a QuantConfig or its settings) stores the linear layers in codes as the checkpoint streams in;
     transformers' BitsAndBytesConfig is understood as `quantization_config`. 4-bit checkpoints of bitsandbytes load as
     they are, without bitsandbytes. `observe` sees each weight and its codes as they are made. `stream` leaves the
     weights of linear layers in their files, from where each is read whenever it is needed: for one pass through a model
@@ -132,10 +132,14 @@ def _read(path: Path, config: Any, task: TaskType, dtype: str | torch.dtype, ext
 
 
 def quant_settings(
-    quantize: str | QuantConfig | None, double_quant: bool = True, quantization_config: Any = None
+    quantize: str | dict[str, Any] | QuantConfig | None, double_quant: bool = True, quantization_config: Any = None
 ) -> QuantConfig | None:
     """Return one meaning for the ways to ask for quantisation. Raises Unsupported for other configurations."""
     if quantization_config is not None:
+        if quantize is not None:
+            raise ConfigError(
+                "quantisation is asked for twice", got="quantize and quantization_config", fix="Give one."
+            )
         if not getattr(quantization_config, "load_in_4bit", False):
             raise Unsupported(
                 "only 4-bit configurations of BitsAndBytesConfig are understood",
@@ -148,7 +152,11 @@ def quant_settings(
             skip=tuple(quantization_config.llm_int8_skip_modules or ()),
         )
     if isinstance(quantize, str):
-        return QuantConfig.model_validate({"format": quantize, "double_quant": double_quant})
+        quantize = {"format": quantize, "double_quant": double_quant}
+    if isinstance(quantize, dict):
+        return QuantConfig(**quantize)
+    if not isinstance(quantize, (QuantConfig, type(None))):
+        raise ConfigError("quantize is a format or settings", got=repr(quantize), fix='Use "nf4", "fp4" or "int8".')
     return quantize
 
 

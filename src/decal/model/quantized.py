@@ -194,6 +194,26 @@ def coded_tensors(name: str, layer: CodedLinear) -> dict[str, Tensor]:
     return bnb_files.parts_of(f"{name}.weight", layer.weight, stored)
 
 
+def storage(model: nn.Module) -> list[str]:
+    """Return one line that says what of a model is coded, in how many bits, and what is not; none for a plain model."""
+    coded = [m for m in model.modules() if isinstance(m, Coded)]
+    if not coded:
+        return []
+    one = coded[0].one if isinstance(coded[0], CodedExperts) else coded[0]
+    form = one.kind if isinstance(one, NF4Linear) else "int8"
+    wide = [n.removeprefix("base_model.model.") for n, m in model.named_modules() if _holds_a_matrix(m)]
+    some = ", ".join(wide[:4]) + (f" and {len(wide) - 4} more" if len(wide) > 4 else "")
+    return [
+        f"{len(coded)} layers are stored in {form}, {bits_per_weight(model):.3f} bits per weight; as before: {some}"
+    ]
+
+
+def _holds_a_matrix(module: nn.Module) -> bool:
+    """Whether a module of the model itself (no adapter's) has a frozen parameter of two or more dimensions, uncoded."""
+    own = [p for p in module.parameters(recurse=False) if p.dim() > 1 and p.is_floating_point()]
+    return any(not p.requires_grad for p in own) and not isinstance(module, Coded)
+
+
 def bits_per_weight(model: nn.Module) -> float:
     """Return the measured storage of the coded layers and experts in bits per weight."""
     coded = [m for m in model.modules() if isinstance(m, Coded)]

@@ -86,7 +86,7 @@ class PeftModel(nn.Module):
         self._carriers[name] = injection.run()
         self.notes += injection.notes
         self.biases.add(model, config, name)
-        self.peft_config[name] = config.model_copy(update={"base_model_name_or_path": source})
+        self.peft_config[name] = config.model_copy(update={"base_model_name_or_path": source}, deep=True)
         for parameter in self._trainable(name):
             parameter.requires_grad_(False)
 

@@ -21,6 +21,7 @@ from decal.data.ledger import Ledger
 from decal.data.prepare import Prepared
 from decal.errors import ConfigError
 from decal.evaluate.loss import evaluate
+from decal.layers.adapted import Adapted
 from decal.model.lean import lean
 from decal.model.load import load_model, load_tokenizer
 from decal.model.wrapper import PeftModel
@@ -28,6 +29,8 @@ from decal.rundir import RunDir
 from decal.spec import RunConfig
 from decal.training import logs, loop, losses, manifest, plan, precision, start, state
 from decal.training.precision import Precision
+
+LARGE_SCALE = 64  # of an adapter's change; 1 to 4 is usual
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +63,7 @@ def finetune(
     """
     # What can be refused is refused first: the folder, the device, a missing package; then the data, whose faults show
     # in seconds; then the weights. A run that fails here leaves nothing behind.
+    config = RunConfig(**config.model_dump())  # our own, checked anew: config.lora may have been changed
     began = time.perf_counter()
     run = RunDir(Path(config.output))
     checkpoint = start.starting_point(run, config, resume=resume)
@@ -75,7 +79,7 @@ def finetune(
     plan.make(config.train, steps_per_epoch=batches.steps_per_epoch, evaluates=held_out is not None)
 
     model = trainable_model(config, numbers)
-    notes: list[str] = list(getattr(model, "notes", ()))
+    notes = [*getattr(model, "notes", ()), *cautions(config, numbers, model)]
     loss = losses.LOSSES[config.train.loss](model, notes.append)
     measure = (
         partial(evaluate, batches=held_out, loss=loss, autocast=numbers.autocast) if held_out is not None else None
@@ -154,6 +158,23 @@ def trainable_model(config: RunConfig, numbers: Precision) -> Any:
     if train.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model
+
+
+def cautions(config: RunConfig, numbers: Precision, model: nn.Module) -> list[str]:
+    """Return what may well be a mistake, though it can be run."""
+    notes: list[str] = []
+    scales = [scale for layer in model.modules() if isinstance(layer, Adapted) for scale in layer.scaling.values()]
+    if scales and max(scales) > LARGE_SCALE:
+        rule = "lora_alpha / sqrt(r)" if config.lora.use_rslora else "lora_alpha / r"
+        notes.append(
+            f"the adapter's scale, {rule}, is {max(scales):,.0f}: 1 to 4 is usual, and one so large may diverge"
+        )
+    if config.train.precision == "bf16" and numbers.device.type == "cpu" and not precision.cpu_has_bf16():
+        notes.append(
+            "train.precision=bf16: this CPU has no instructions for it, which can make a run up to 22 times slower; "
+            "train.precision=auto computes in fp32"
+        )
+    return notes
 
 
 def save(folder: Path, model: Any, tokenizer: Any, data: Prepared, config: RunConfig) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Literal
@@ -45,6 +46,13 @@ def resolve(name: Name, device: torch.device) -> Precision:
     elif name == "fp16" and device.type != "cuda":
         raise ConfigError("fp16 trains on a CUDA device only", got=str(device), fix="Use train.precision=auto.")
     return Precision(name=name, device=device)
+
+
+def cpu_has_bf16() -> bool:
+    """Return whether this processor has instructions for bf16 products; of others than x86-64 it is taken to be so."""
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return True
+    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
 
 
 def pick_device(name: str) -> torch.device:
