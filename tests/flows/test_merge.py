@@ -16,10 +16,11 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 from decal.errors import AdapterError, RunError
+from decal.evaluate.closeness import Tally, logits_of, mean_kl, perplexity
 from decal.files import checkpoint
 from decal.model.load import load_model
 from decal.recipes.finetune import Finetuned, finetune
-from decal.recipes.merge import PROOF_TOKENS, LostUpdate, Tally, logits_of, mean_kl, merge, perplexity
+from decal.recipes.merge import PROOF_TOKENS, LostUpdate, merge
 from tests.integration import tiny
 from tests.training.tiny_run import config, make_files
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -46,7 +46,8 @@ def quantize(
     """Quantise a model to 4 bits, in the layout that transformers and bitsandbytes read, and measure the error."""
     from decal.spec import QuantConfig
 
-    settings = QuantConfig(**{"format": format.value, "block": block, "double_quant": double_quant})
+    given: dict[str, Any] = {"format": format.value, "block": block, "double_quant": double_quant}
+    settings = QuantConfig(**given)
     with console.working("quantising"):
         from decal.recipes import quantize as recipe
         from decal.report import quantization

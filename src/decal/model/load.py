@@ -61,9 +61,10 @@ def load_model(
 
     `quantize` ("nf4", "fp4", "int8", a QuantConfig or its settings) stores the linear layers in codes as the checkpoint
     streams in; transformers' BitsAndBytesConfig is understood as `quantization_config`. 4-bit checkpoints of
-    bitsandbytes load as they are, without bitsandbytes. `observe` sees each weight and its codes as they are made. `stream` leaves the
-    weights of linear layers in their files, from where each is read whenever it is needed: for one pass through a model
-    that is larger than memory. Raises DecalError if there is no such model, Unsupported for what cannot be quantised.
+    bitsandbytes load as they are, without bitsandbytes. `observe` sees each weight and its codes as they are made.
+    `stream` leaves the weights of linear layers in their files, from where each is read whenever it is needed: for one
+    pass through a model that is larger than memory. Raises DecalError if there is no such model or not all of it,
+    Unsupported for what cannot be quantised.
     """
     if task not in CLASSES:
         raise DecalError(f"decal does not load models for {task}", fix="Use TaskType.CAUSAL_LM or SEQ_CLS.")
@@ -137,9 +138,7 @@ def quant_settings(
     """Return one meaning for the ways to ask for quantisation. Raises Unsupported for other configurations."""
     if quantization_config is not None:
         if quantize is not None:
-            raise ConfigError(
-                "quantisation is asked for twice", got="quantize and quantization_config", fix="Give one."
-            )
+            raise ConfigError("quantize and quantization_config are both given", got=quantize, fix="Give one.")
         if not getattr(quantization_config, "load_in_4bit", False):
             raise Unsupported(
                 "only 4-bit configurations of BitsAndBytesConfig are understood",

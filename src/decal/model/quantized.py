@@ -203,9 +203,8 @@ def storage(model: nn.Module) -> list[str]:
     form = one.kind if isinstance(one, NF4Linear) else "int8"
     wide = [n.removeprefix("base_model.model.") for n, m in model.named_modules() if _holds_a_matrix(m)]
     some = ", ".join(wide[:4]) + (f" and {len(wide) - 4} more" if len(wide) > 4 else "")
-    return [
-        f"{len(coded)} layers are stored in {form}, {bits_per_weight(model):.3f} bits per weight; as before: {some}"
-    ]
+    bits = bits_per_weight(model)
+    return [f"{len(coded)} layers are stored in {form}, {bits:.3f} bits per weight; in 16 or 32 bits stay {some}"]
 
 
 def _holds_a_matrix(module: nn.Module) -> bool:

@@ -7,19 +7,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from decal import locate, rundir
 from decal.data import prepare
 from decal.data.mask import Sample
 from decal.errors import AdapterError, ConfigError, DataError, RunError, Unsupported
+from decal.evaluate.closeness import Rounding, Tally, logits_of, mean_kl, perplexity
 from decal.evaluate.prompts import Prompts
 from decal.files import checkpoint, sealed
 from decal.layers.coded import Coded, CodedLinear
@@ -42,16 +42,7 @@ PROOF_TOKENS, PROOF_LENGTH = 512, 128  # in all, and of one row: a large model p
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CODED = "nf4"  # the way that codes again, whichever 4-bit format it is
 SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
-CHUNK = 256  # rows of a weight, or of logits, that are widened at a time
 LOST = 0.9  # below this surviving share of the update people should not trust the merged model unasked
-
-
-@dataclass(frozen=True, kw_only=True)
-class Rounding:
-    """What writing W + delta in the output's dtype does to the update, over all adapted weights."""
-
-    survived: float  # the share of the update along its own direction: <written - W, delta> / <delta, delta>
-    unchanged: float  # share of the weights with a change that are the same number after the merge
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -324,24 +315,6 @@ def prove(tuned: PeftModel, rows: list[Tensor]) -> Proof:
         return Proof(rows=rows, trained=trained, untouched=logits_of(tuned, rows))
 
 
-@torch.no_grad()
-def logits_of(model: nn.Module, rows: Sequence[Tensor]) -> Tensor:
-    """Return the logits of all rows, (tokens, V) fp32, from one pass: each weight is needed once."""
-    ids = nn.utils.rnn.pad_sequence(list(rows), batch_first=True)  # on the right: no causal model sees it from a token
-    mask = nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
-    logits: Tensor = model(input_ids=ids, attention_mask=mask).logits
-    return logits[mask.bool()].float()
-
-
-def perplexity(logits: Tensor, rows: Sequence[Tensor]) -> float:
-    """Return exp of the mean cross entropy of each next token."""
-    losses = [
-        F.cross_entropy(part[:-1].double(), ids[1:], reduction="none")
-        for part, ids in zip(torch.split(logits, [len(ids) for ids in rows]), rows, strict=True)
-    ]
-    return float(torch.cat(losses).mean().exp())
-
-
 def main_dtype(model: nn.Module) -> torch.dtype:
     """Return the dtype that most of the weights are stored in, or were before they were coded."""
     sizes: dict[torch.dtype, int] = {}
@@ -352,32 +325,6 @@ def main_dtype(model: nn.Module) -> torch.dtype:
         for dtype, size in own:
             sizes[dtype] = sizes.get(dtype, 0) + size
     return max(sizes, key=lambda dtype: sizes[dtype])
-
-
-@dataclass
-class Tally:
-    """Sums up what writing each summed weight did to its change."""
-
-    along: float = field(default=0.0)
-    square: float = field(default=0.0)
-    same: int = field(default=0)
-    changed: int = field(default=0)
-
-    def add(self, W: Tensor, change: Tensor, rounded: summed.Rounded) -> None:
-        """Add one weight W (out, in) and its change."""
-        after, before = rounded(W + change), rounded(W)
-        for a, b, delta in zip(*(torch.split(part, CHUNK) for part in (after, before, change)), strict=True):
-            written, moved = a.float().sub_(b), delta != 0
-            self.along += float(torch.dot(written.flatten(), delta.flatten()))
-            self.square += float(torch.dot(delta.flatten(), delta.flatten()))
-            self.changed += int(moved.sum())
-            self.same += int(moved.logical_and_(written == 0).sum())
-
-    def rounding(self) -> Rounding:
-        """Return the shares."""
-        if self.square == 0:
-            return Rounding(survived=1.0, unchanged=0.0)
-        return Rounding(survived=self.along / self.square, unchanged=self.same / self.changed)
 
 
 def stop_at(model: Any, stop_ids: Sequence[int]) -> None:
@@ -397,16 +344,6 @@ def agreement_of(merged: Path, proof: Proof) -> Agreement:
         same_top1=float((proof.trained.argmax(-1) == from_disk.argmax(-1)).float().mean()),
         adapter_kl=mean_kl(proof.trained, proof.untouched),
     )
-
-
-def mean_kl(target_NV: Tensor, other_NV: Tensor) -> float:
-    """Return the mean over rows of KL(target || other) in nats, from logits; infinite where one is not finite."""
-    total = 0.0
-    for target, other in zip(torch.split(target_NV, CHUNK), torch.split(other_NV, CHUNK), strict=True):
-        p, q = F.log_softmax(target.double(), -1), F.log_softmax(other.double(), -1)
-        total += float(F.kl_div(q, p, log_target=True, reduction="sum"))
-    mean = total / len(target_NV)
-    return max(0.0, mean) if math.isfinite(mean) else math.inf
 
 
 def short(dtype: torch.dtype) -> str:
