@@ -27,7 +27,6 @@ FORMATS: dict[str, QuantConfig | None] = {
     "nf4": QuantConfig(format="nf4", double_quant=False),
     "nf4, double": QuantConfig(format="nf4"),
     "fp4": QuantConfig(format="fp4", double_quant=False),
-    "fp4, double": QuantConfig(format="fp4"),
 }
 
 
@@ -45,19 +44,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--text", type=Path, required=True)
+    parser.add_argument("--formats", nargs="+", default=list(FORMATS), choices=FORMATS)
     args = parser.parse_args()
     opened = gzip.open if args.text.suffix == ".gz" else open
     with opened(args.text, "rt", encoding="utf-8") as file:
         ids = load_tokenizer(args.model)(file.read(), add_special_tokens=False)["input_ids"]
     windows = torch.tensor(ids[: len(ids) // WINDOW * WINDOW]).view(-1, WINDOW)
     print(f"{windows.numel():,} tokens")
-    base = 0.0
-    for name, settings in FORMATS.items():
+    for name in args.formats:
+        settings = FORMATS[name]
         model = load_model(args.model, dtype="fp32", device="cpu", quantize=settings)
         found = perplexity(model, windows)
-        base = base or found
         bits = 32.0 if settings is None else quantized.bits_per_weight(model)
-        print(f"{name:14} {bits:7.3f} bits   perplexity {found:8.2f}   {100 * (found / base - 1):+.2f}%", flush=True)
+        print(f"{name:14} {bits:7.3f} bits   perplexity {found:8.2f}", flush=True)
 
 
 if __name__ == "__main__":

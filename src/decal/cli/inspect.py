@@ -73,9 +73,14 @@ def adapter_of(name: str) -> str:
 def summary(found: Facts) -> dict[str, str]:
     """Return the lines above the table."""
     from decal.cli.watch import megabytes
+    from decal.files import sealed
 
     settings = found.settings
     lines = {"adapter": str(found.path), "base": str(settings.get("base_model_name_or_path") or "not named")}
+    seal = sealed.read(found.path)
+    if seal.base_fingerprint is not None:
+        stored = "as it is stored" if seal.quantize is None else f"in {seal.quantize.format}"
+        lines["trained on"] = f"its base {stored}, weights {seal.base_fingerprint[:12]}"
     if found.config is not None:
         config = found.config
         kind = "DoRA" if config.use_dora else "rsLoRA" if config.use_rslora else "LoRA"
