@@ -123,7 +123,7 @@ def test_a_merge_whose_rounding_eats_the_update_is_refused_or_warned_of(
     refused = decal("merge", run, "--out", tmp_path / "merged")
     assert refused.code == 2
     assert "of the update is lost in bfloat16" in refused.err
-    assert "--into 16bit --dtype fp32 keeps 100%" in refused.err
+    assert "--into 16bit --dtype fp32, which keeps 100%" in refused.err
     said = decal.fine("merge", run, "--out", tmp_path / "merged", "--force", "--json")
     facts = json.loads(said.out)
     assert facts["dtype"] == "bfloat16"

@@ -105,14 +105,14 @@ def test_a_subfolder_and_a_revision_are_found(visit: Visit) -> None:
     assert visit.online["revision"]["base_model_name_or_path"] == "user/model"
 
 
-def test_of_an_adapter_only_its_two_files_are_downloaded(visit: Visit) -> None:
+def test_of_an_adapter_only_its_own_files_are_downloaded(visit: Visit) -> None:
     fetched = {request.rpartition("/")[2] for request in visit.hub.requests if "GET /user/adapter/resolve/" in request}
     assert fetched == {"adapter_config.json", "adapter_model.safetensors"}
 
 
 def test_a_pushed_adapter_comes_back_the_same(visit: Visit) -> None:
     files = visit.hub.repos["user/new"]["main"]
-    assert set(files) == {"adapter_config.json", "adapter_model.safetensors"}
+    assert set(files) == {"adapter_config.json", "adapter_model.safetensors", "decal.json"}
     assert visit.online["again"] == visit.online["auto"]
     assert visit.online["pushed"].startswith(f"{visit.hub.url}/user/new/")
     assert visit.hub.commits[0]["summary"] == "First adapter"

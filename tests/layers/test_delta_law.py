@@ -13,6 +13,7 @@ from decal.layers.catalog import ADAPTERS, EMBEDDING_ADAPTERS, FORMATS
 from decal.layers.coded import CodedLinear
 from decal.layers.embedding import EmbeddingBase, EmbeddingLoRA
 from decal.layers.lora import LoRA
+from decal.layers.streamed import StreamedLinear
 from decal.model import quantized
 from decal.spec import LoraConfig
 
@@ -31,6 +32,9 @@ def filled(layer: CodedLinear) -> CodedLinear:
 
 def layer_of(kind: type[nn.Module]) -> nn.Module:
     """Return a random layer of the class `kind`, IN to OUT."""
+    if kind is StreamedLinear:
+        W, bias = torch.randn(OUT, IN).double(), nn.Parameter(torch.randn(OUT).double())
+        return StreamedLinear(IN, OUT, dtype=torch.float64, source=lambda: W, bias=bias)
     if issubclass(kind, CodedLinear):
         coded: Any = kind
         return filled(coded(IN, OUT, dtype=torch.float64, bias=nn.Parameter(torch.randn(OUT).double())))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import peft
 import pytest
@@ -14,6 +13,7 @@ from safetensors.torch import load_file
 
 from decal.data.prepare import prepare
 from decal.model.load import load_model, load_tokenizer
+from decal.model.wrapper import PeftModel
 from decal.recipes import finetune as recipe
 from decal.rundir import RunDir
 from decal.spec import RunConfig
@@ -52,7 +52,7 @@ def test_the_run_is_the_one_written_by_hand(tmp_path: Path, packing: bool) -> No
     settings = config(tmp_path, data={"packing": packing, "eval_rows": 0}, eval_every=None, warmup=2, max_grad_norm=0.3)
     lora = settings.lora.model_copy(update={"lora_dropout": 0.0})  # two libraries draw different masks
     settings = settings.model_copy(update={"lora": lora})
-    model: Any = recipe.get_peft_model(  # type: ignore[attr-defined]
+    model = PeftModel(
         load_model(settings.model, device="cpu"), lora, generator=torch.Generator().manual_seed(settings.train.seed)
     )
     model.save_pretrained(tmp_path / "start")

@@ -42,7 +42,13 @@ def refuse_other_base(seal: Seal, model: object, *, where: str) -> None:
 
 
 def write(folder: Path, seal: Seal) -> None:
-    """Write the seal: {"version": 1, "quantize": settings or null, "base_fingerprint": SHA-256 or null}."""
+    """Write the seal: {"version": 1, "quantize": settings or null, "base_fingerprint": SHA-256 or null}.
+
+    An UNSEALED adapter gets none, and loses an older one.
+    """
+    if seal == UNSEALED:
+        (folder / SEAL).unlink(missing_ok=True)
+        return
     settings = None if seal.quantize is None else seal.quantize.model_dump(mode="json")
     facts = {"version": VERSION, "quantize": settings, "base_fingerprint": seal.base_fingerprint}
     rundir.write_json(folder / SEAL, facts)

@@ -151,11 +151,7 @@ def merge(
         raise RunError("the output folder is not empty", got=out, fix="Choose another --out.")
     folder = compare.result_of(adapter, rundir.ADAPTER)
     base = compare.base_of([folder]) if base is None else compare.result_of(base, rundir.MODEL)
-    if PeftConfig.from_pretrained(folder).task_type not in (None, TaskType.CAUSAL_LM):
-        raise Unsupported(
-            "decal merge compares what language models say next, and this adapter is of another kind",
-            fix="Merge it in Python: PeftModel.from_pretrained(base, ADAPTER).merge_and_unload().",
-        )
+    refuse_other_kind(folder)
     seal = compare.seal_of([folder])
     if not force:
         refuse_other_base(base, seal)
@@ -180,15 +176,7 @@ def merge(
         refuse_lost(best, candidates)
     plain = load_summed(stack, best.into, None if best.into == CODED else wanted, stored, None)
     stop_at(plain, asked.stop_ids)
-    workspace.release()
-    try:
-        with rundir.new_folder(out) as new:
-            quantized.write(plain, new)
-            tokenizer.save_pretrained(new)
-    except (OSError, SafetensorError) as error:
-        raise RunError(
-            f"the merged model could not be written ({error})", got=out, fix="Make room; nothing was left behind."
-        ) from error
+    write(plain, tokenizer, out)
     del plain
 
     return Merged(
@@ -203,6 +191,28 @@ def merge(
         perplexity=perplexity(proof.trained, proof.rows),
         proven=seal.base_fingerprint is not None,
     )
+
+
+def write(plain: Any, tokenizer: Any, out: Path) -> None:
+    """Write model and tokenizer into the folder `out`, whole or not at all."""
+    workspace.release()
+    try:
+        with rundir.new_folder(out) as new:
+            quantized.write(plain, new)
+            tokenizer.save_pretrained(new)
+    except (OSError, SafetensorError) as error:
+        raise RunError(
+            f"the merged model could not be written ({error})", got=out, fix="Make room; nothing was left behind."
+        ) from error
+
+
+def refuse_other_kind(adapter: str) -> None:
+    """Raise Unsupported for an adapter of a model that is no causal language model."""
+    if PeftConfig.from_pretrained(adapter).task_type not in (None, TaskType.CAUSAL_LM):
+        raise Unsupported(
+            "decal merge compares what language models say next, and this adapter is of another kind",
+            fix="Merge it in Python: PeftModel.from_pretrained(base, ADAPTER).merge_and_unload().",
+        )
 
 
 def refuse_other_base(base: str, seal: sealed.Seal) -> None:
