@@ -300,3 +300,17 @@ def test_adapters_are_sealed_with_the_base_and_refused_on_another(folder: Path, 
     other.save_pretrained(tmp_path / "other")
     with pytest.raises(AdapterError, match="trained on another base"):
         decal.PeftModel.from_pretrained(load_model(tmp_path / "other", device="cpu"), tmp_path / "adapter")
+
+
+def test_save_pretrained_writes_what_everyone_reads(folder: Path, tmp_path: Path) -> None:
+    model: Any = load_model(folder, device="cpu", quantize="nf4")
+    model.save_pretrained(tmp_path / "saved")
+    torch.testing.assert_close(logits(load_model(tmp_path / "saved", device="cpu")), logits(model), rtol=0, atol=0)
+    half = get_peft_model(model, LoraConfig(target_modules=["q_proj"])).merge_and_unload()
+    half.save_pretrained(tmp_path / "half")  # q_proj dense, the others in codes
+    torch.testing.assert_close(logits(load_model(tmp_path / "half", device="cpu")), logits(half), rtol=0, atol=1e-5)
+    with pytest.raises(Unsupported, match="saved whole"):
+        model.save_pretrained(tmp_path / "odd", variant="fp16")
+    with pytest.raises(Unsupported, match="common file layout"):
+        load_model(folder, device="cpu", quantize="int8").save_pretrained(tmp_path / "int8")  # type: ignore[operator]
+    assert not (tmp_path / "int8").exists()

@@ -38,6 +38,12 @@ def quantize(
     format: Annotated[Format, typer.Option(help="Of the linear layers.")] = Format.nf4,
     block: Annotated[int, typer.Option(help="Weights that share a scale: 32 to 4096.")] = 64,
     double_quant: Annotated[bool, typer.Option(help="Store the scales in 8 bits.")] = True,
+    skip: Annotated[
+        list[str] | None, typer.Option(help="A module that stays as it is, by name or any part of it (repeatable).")
+    ] = None,
+    allow_dense: Annotated[
+        bool, typer.Option("--allow-dense", help="Go on where over 5% of the parameters cannot be coded.")
+    ] = False,
     report: Annotated[
         bool, typer.Option("--report", help="Show each layer's error; beside OUT also JSON and SVG.")
     ] = False,
@@ -47,6 +53,7 @@ def quantize(
     from decal.spec import QuantConfig
 
     given: dict[str, Any] = {"format": format.value, "block": block, "double_quant": double_quant}
+    given |= {"skip": tuple(skip or ()), "allow_dense": allow_dense}
     settings = QuantConfig(**given)
     with console.working("quantising"):
         from decal.recipes import quantize as recipe

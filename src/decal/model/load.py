@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from decal import locate
 from decal.errors import ConfigError, DecalError, Unsupported
 from decal.files import checkpoint, sealed
 from decal.layers.dense import SIXTEEN_BIT, WIDE, widened
-from decal.model import quantizer, streamed
+from decal.model import quantized, quantizer, streamed
 from decal.model.inject import place
 from decal.model.targets import HEADS
 from decal.spec import QuantConfig, TaskType
@@ -127,6 +128,8 @@ def _read(path: Path, config: Any, task: TaskType, dtype: str | torch.dtype, ext
             fix="Download it again, or check that config.json is this checkpoint's.",
         )
     _forget_quantizer(model)
+    if "quantization_config" in extra:
+        model.save_pretrained = partial(quantized.save_pretrained, model)
     if coded and (path / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(path, local_files_only=True)
     return model

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any, TypeVar
@@ -157,9 +158,13 @@ def write(model: Any, folder: Path) -> None:
     refuse_experts([name for name, m in model.named_modules() if isinstance(m, CodedExperts)])
     layers = {name: m for name, m in model.named_modules() if isinstance(m, CodedLinear)}
     forms = {name: m for name, m in layers.items() if not isinstance(m, StreamedLinear) or m.form is not None}
+    for layer in list(forms.values())[:1]:  # a model has one format
+        one = layer.form() if isinstance(layer, StreamedLinear) and layer.form is not None else layer
+        if not isinstance(one, NF4Linear):
+            raise Unsupported("only NF4 and FP4 have a common file layout", fix="Quantise to nf4 or fp4.")
     bytes_of = {f"{name}.{part}" for name in layers for part in ("weight", "scales")}
     rest = {key: tensor for key, tensor in model.state_dict().items() if key not in bytes_of}
-    model.save_pretrained(folder, state_dict=rest, max_shard_size=SHARD)
+    type(model).save_pretrained(model, folder, state_dict=rest, max_shard_size=SHARD)
     last: CodedLinear | None = None
     with Writer(folder) as writer:
         for name, layer in layers.items():
@@ -167,11 +172,23 @@ def write(model: Any, folder: Path) -> None:
             writer.add(dense_tensors(name, layer) if coded is None else coded_tensors(name, coded))
             last = last if coded is None else coded
     if last is not None:
-        assert isinstance(last, NF4Linear), "coded_tensors takes no other"
+        assert isinstance(last, NF4Linear)
         wide = [n for n, m in model.named_modules() if type(m) in LINEAR or (n in layers and n not in forms)]
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         config["quantization_config"] = bnb_files.config(last.kind, last.block, last.double_quant, wide)
         rundir.write_json(folder / "config.json", config)
+
+
+def save_pretrained(model: Any, save_directory: str | os.PathLike[str], **how: object) -> None:
+    """Write a model that has coded layers by its own `save_pretrained`: in the common layout, not as decal's bytes."""
+    asked = {name: value for name, value in how.items() if value not in (None, True)}
+    if asked:
+        raise Unsupported(
+            "a quantised model is saved whole, in files of 2 GiB",
+            got=", ".join(asked),
+            fix="Call save_pretrained(folder) alone.",
+        )
+    write(model, Path(save_directory))
 
 
 def dense_tensors(name: str, layer: CodedLinear) -> dict[str, Tensor]:
@@ -181,9 +198,8 @@ def dense_tensors(name: str, layer: CodedLinear) -> dict[str, Tensor]:
 
 
 def coded_tensors(name: str, layer: CodedLinear) -> dict[str, Tensor]:
-    """Return the tensors of a 4-bit layer in bitsandbytes' layout. Raises Unsupported for another format."""
-    if not isinstance(layer, NF4Linear):
-        raise Unsupported("only NF4 and FP4 have a common file layout", fix="Quantise to nf4 or fp4.")
+    """Return the tensors of a 4-bit layer in bitsandbytes' layout."""
+    assert isinstance(layer, NF4Linear), "`write` has looked"
     stored = Stored(
         kind=layer.kind,
         block=layer.block,
