@@ -242,7 +242,7 @@ def refuse_lost(best: Candidate, candidates: Sequence[Candidate]) -> None:
     raise LostUpdate(
         f"the merged model would be nearer to the untouched base (KL {best.base_kl:.3g}) than to what was trained "
         f"(KL {best.kl:.3g}): {1 - best.rounding.survived:.0%} of the update is lost in {best.dtype}",
-        got=f"the best of {', '.join(dict.fromkeys(f'{c.into} in {c.dtype}' for c in candidates))}",
+        got=f"measured: {', '.join(c.into if c.into == c.dtype else f'{c.into} in {c.dtype}' for c in candidates)}",
         fix=f"{way}, or serve the adapter beside its base. --force writes it regardless.",
         candidates=tuple(candidates),
     )
