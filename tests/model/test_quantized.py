@@ -206,6 +206,13 @@ def coded_folder(folder: Path, tmp_path: Path) -> Path:
 
 
 NAME = "model.layers.0.self_attn.q_proj.weight"
+STATE = f"{NAME}.quant_state.bitsandbytes__nf4"
+
+
+def edit_state(tensors: dict[str, Tensor], **facts: Any) -> None:
+    """Change what a weight's state says."""
+    state = json.loads(bytes(tensors[STATE].tolist())) | facts
+    tensors[STATE] = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
 
 
 @pytest.mark.parametrize(
@@ -219,8 +226,12 @@ NAME = "model.layers.0.self_attn.q_proj.weight"
             "truncated or of another layout",
         ),
         (lambda t: t.update({NAME: t[NAME][:-4]}), "truncated or of another layout"),
+        (lambda t: t.pop(NAME), "are missing"),
+        (lambda t: edit_state(t, blocksize=0), "another layout .*blocks of 0"),
+        (lambda t: edit_state(t, dtype="nn"), "another layout .*dtype nn"),
+        (lambda t: edit_state(t, nested_offset=float("nan")), "not finite"),
     ],
-    ids=["scales", "nested scales", "levels", "state", "codes"],
+    ids=["scales", "nested scales", "levels", "state", "codes", "no codes", "block", "dtype", "offset"],
 )
 def test_a_truncated_state_is_refused(change: Any, message: str, coded_folder: Path, tmp_path: Path) -> None:
     bad = damage(coded_folder, tmp_path / "bad", change)

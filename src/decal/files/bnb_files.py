@@ -49,6 +49,8 @@ def read(folder: Path) -> tuple[dict[str, Tensor], dict[str, Stored]]:
     for key in [key for key in tensors if STATE in key]:
         weight, _, kind = key.partition(STATE)
         parts = {part[1:]: tensors.pop(weight + part) for part in PARTS if weight + part in tensors}
+        if weight not in tensors:
+            raise DecalError(f"the codes of {weight!r} are missing", got=folder, fix="Download the checkpoint again.")
         tensors[weight] = tensors[weight].view(torch.uint8)  # some are stored under a float dtype, for sharding
         stored[weight.rpartition(".")[0]] = _stored(weight, kind, tensors.pop(key), parts)
     if not stored:
@@ -65,12 +67,16 @@ def _stored(weight: str, kind: str, state: Tensor, parts: dict[str, Tensor]) -> 
         facts = json.loads(bytes(state.tolist()).decode())
         block, shape = int(facts["blocksize"]), tuple(int(n) for n in facts["shape"])
         dtype = getattr(torch, facts["dtype"])
+        if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point and block > 0):
+            raise ValueError(f"dtype {facts['dtype']}, blocks of {block}")
         scales: nf4.Scales = parts["absmax"]
         if "nested_absmax" in parts:
             offset = torch.tensor(float(facts["nested_offset"]))
             scales = nf4.Nested(codes=parts["absmax"].flatten(), absmax=parts["nested_absmax"], offset=offset)
             same = torch.equal(parts["nested_quant_map"], dynamic8.table(torch.device("cpu")))
             known = same and int(facts["nested_blocksize"]) == dynamic8.BLOCK
+            if not bool(offset.isfinite() & parts["nested_absmax"].isfinite().all()):
+                raise ValueError("nested scales that are not finite")
         else:
             known = parts["absmax"].dtype == torch.float32
         known = known and torch.equal(parts["quant_map"], nf4.levels(kind, torch.device("cpu")))
