@@ -14,7 +14,7 @@ from torch import Generator, nn
 from decal import locate, spec
 from decal.errors import AdapterError, ConfigError, Unsupported
 from decal.files import sealed
-from decal.model import load, quantized, saved
+from decal.model import load, saved
 from decal.model.wrapper import PeftModel
 from decal.recipes import finetune
 from decal.spec import PeftConfig, RunConfig, TaskType
@@ -33,7 +33,6 @@ def get_peft_model(
 
     What had to be chosen or left out is logged. Raises TargetError for targets that match nothing.
     """
-    quantized.adopt(model)
     how = {"autocast_adapter_dtype": autocast_adapter_dtype, "low_cpu_mem_usage": low_cpu_mem_usage}
     wrapped = PeftModel(model, peft_config, adapter_name, **how, generator=generator)
     for note in wrapped.notes:

@@ -43,6 +43,9 @@ def test_it_learns_and_remembers_what_it_stood_on(trained: Finetuned) -> None:
     assert trained.eval_loss is not None
     assert trained.eval_before is not None
     assert trained.eval_loss < 0.8 * trained.eval_before
+    (note,) = [e["text"] for e in RunDir(trained.run).events() if e["kind"] == "note" and "stored in nf4" in e["text"]]
+    assert note.startswith("14 layers")
+    assert "lm_head" in note
     variants = compare.load(None, [str(trained.run)], device="cpu")
     assert any(isinstance(m, NF4Linear) for m in variants.model.modules())
 

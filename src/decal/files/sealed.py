@@ -37,7 +37,7 @@ def refuse_other_base(seal: Seal, model: object, *, where: str) -> None:
         raise AdapterError(
             f"{where} was trained on another base",
             got=f"weights {found[:12]}, where the adapter was trained on {wanted[:12]}",
-            fix="Load it on its own base. To use it on this one regardless, remove decal.json from the adapter.",
+            fix="Load it on its own base. Regardless: remove its decal.json, or decal merge --force.",
         )
 
 

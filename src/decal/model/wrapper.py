@@ -41,6 +41,7 @@ class PeftModel(nn.Module):
         generator: Generator | None = None,
     ) -> None:
         super().__init__()
+        quantized.adopt(model)
         if isinstance(model, PeftModel) or any(isinstance(m, Adapted) for m in model.modules()):
             raise DecalError(
                 "the model already has adapters", fix="Use model.add_adapter(name, config), or unload first."
@@ -304,7 +305,6 @@ class PeftModel(nn.Module):
 
         `device_map` and dtypes are PEFT's and change nothing: an adapter lies where its base's weights lie.
         """
-        quantized.adopt(model)
         read, tensors = saved.fetch(model_id, model, revision=revision, subfolder=subfolder)
         config = saved.for_loading(config or read, is_trainable=is_trainable)
         fp32 = autocast_adapter_dtype

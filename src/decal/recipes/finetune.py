@@ -22,6 +22,7 @@ from decal.data.prepare import Prepared
 from decal.errors import ConfigError
 from decal.evaluate.loss import evaluate
 from decal.layers.adapted import Adapted
+from decal.model import quantized
 from decal.model.lean import lean
 from decal.model.load import load_model, load_tokenizer
 from decal.model.wrapper import PeftModel
@@ -79,7 +80,7 @@ def finetune(
     plan.make(config.train, steps_per_epoch=batches.steps_per_epoch, evaluates=held_out is not None)
 
     model = trainable_model(config, numbers)
-    notes = [*getattr(model, "notes", ()), *cautions(config, numbers, model)]
+    notes = [*quantized.storage(model), *getattr(model, "notes", ()), *cautions(config, numbers, model)]
     loss = losses.LOSSES[config.train.loss](model, notes.append)
     measure = (
         partial(evaluate, batches=held_out, loss=loss, autocast=numbers.autocast) if held_out is not None else None

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,13 +15,13 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from decal import locate, rundir
+from decal import rundir
 from decal.data import prepare
 from decal.data.mask import Sample
-from decal.errors import AdapterError, ConfigError, DataError, RunError, Unsupported
+from decal.errors import ConfigError, DataError, RunError, Unsupported
 from decal.evaluate.closeness import Rounding, Tally, logits_of, mean_kl, perplexity
 from decal.evaluate.prompts import Prompts
-from decal.files import checkpoint, sealed
+from decal.files import peft_files, sealed
 from decal.layers.coded import Coded, CodedLinear
 from decal.layers.coded_experts import CodedExperts
 from decal.layers.streamed import StreamedLinear
@@ -110,11 +110,13 @@ class Stack:
     base: str
     quantize: QuantConfig | None
     adapter: str
+    any_base: bool = False  # also another one than the adapter's seal names
 
     def load(self, dtype: torch.dtype | None = None) -> PeftModel:
         """Load it with its linear weights left in their files."""
         model: Any = load_model(self.base, dtype=dtype, device="cpu", quantize=self.quantize, stream=True)
-        model.seal = sealed.UNSEALED  # compared already, or not to be
+        if self.any_base:
+            model.seal = sealed.UNSEALED
         return PeftModel.from_pretrained(model, self.adapter).eval()
 
 
@@ -153,9 +155,7 @@ def merge(
     base = compare.base_of([folder]) if base is None else compare.result_of(base, rundir.MODEL)
     refuse_other_kind(folder)
     seal = compare.seal_of([folder])
-    if not force:
-        refuse_other_base(base, seal)
-    stack = Stack(base=base, quantize=seal.quantize, adapter=folder)
+    stack = Stack(base=base, quantize=seal.quantize, adapter=folder, any_base=force)
     tokenizer = compare.tokenizer_of(folder, base)
     asked = Prompts(tokenizer)
     tuned = stack.load()
@@ -171,7 +171,7 @@ def merge(
     candidates = [
         measure(stack, way, each, stored, proof) for way in ways for each in (dtypes if way != CODED else [None])
     ]
-    best = min((c for c in candidates if c.into == CODED or c.dtype == short(wanted)), key=lambda c: c.kl)
+    best = min((c for c in candidates if c.into == CODED or c.dtype == peft_files.name_of(wanted)), key=lambda c: c.kl)
     if best.lost and not force:
         refuse_lost(best, candidates)
     plain = load_summed(stack, best.into, None if best.into == CODED else wanted, stored, None)
@@ -212,20 +212,6 @@ def refuse_other_kind(adapter: str) -> None:
         raise Unsupported(
             "decal merge compares what language models say next, and this adapter is of another kind",
             fix="Merge it in Python: PeftModel.from_pretrained(base, ADAPTER).merge_and_unload().",
-        )
-
-
-def refuse_other_base(base: str, seal: sealed.Seal) -> None:
-    """Raise AdapterError if `base` holds other weights than those that the adapter was trained on."""
-    known = seal.base_fingerprint
-    if known is None:
-        return
-    found = checkpoint.fingerprint(locate.folder(base, kind="model"))
-    if found != known:
-        raise AdapterError(
-            "the adapter was trained on another base, or on another quantisation of it",
-            got=f"{base} with weights {str(found)[:12]}, where the adapter was trained on {known[:12]}",
-            fix="Give the model that it was trained on with --base. --force merges regardless.",
         )
 
 
@@ -273,7 +259,7 @@ def ways_for(tuned: PeftModel, stack: Stack, into: str) -> list[str]:
 
 def load_summed(stack: Stack, way: str, dtype: torch.dtype | None, stored: torch.dtype, tally: Tally | None) -> Any:
     """Return the merged plain model of one way, each weight rounded once to `dtype` (None: coded again)."""
-    source = Stack(base=stack.base, quantize=None, adapter=stack.adapter) if way == "16bit" else stack
+    source = replace(stack, quantize=None) if way == "16bit" else stack
     # What is not streamed is summed in the dtype that it is loaded in: wide, unless it is written as it is stored.
     wide = stored if dtype in (stored, None) else torch.float32
     return summed.merged(source.load(wide), dtype=dtype, observe=None if tally is None else tally.add)
@@ -288,7 +274,7 @@ def measure(stack: Stack, way: str, dtype: torch.dtype | None, stored: torch.dty
     coded = stack.quantize.format if stack.quantize is not None else CODED
     return Candidate(
         into=way,
-        dtype=coded if dtype is None else short(dtype),
+        dtype=coded if dtype is None else peft_files.name_of(dtype),
         rounding=tally.rounding(),
         kl=mean_kl(proof.trained, merged),
         base_kl=mean_kl(proof.untouched, merged),
@@ -354,8 +340,3 @@ def agreement_of(merged: Path, proof: Proof) -> Agreement:
         same_top1=float((proof.trained.argmax(-1) == from_disk.argmax(-1)).float().mean()),
         adapter_kl=mean_kl(proof.trained, proof.untouched),
     )
-
-
-def short(dtype: torch.dtype) -> str:
-    """Return a dtype's name without torch's."""
-    return str(dtype).removeprefix("torch.")
