@@ -67,6 +67,7 @@ def test_a_fingerprint_is_of_the_weights_and_not_of_their_files(tmp_path: Path) 
     assert of("split", TENSORS, shard=2 * ONE) == first
     for name, other in {
         "value": {**TENSORS, "layer.3.weight": TENSORS["layer.3.weight"] + 1e-3},
+        "one row": {**TENSORS, "layer.1.weight": TENSORS["layer.1.weight"] * (torch.arange(16) != 8)[:, None]},
         "later rows": {**TENSORS, "layer.2.weight": torch.cat([torch.arange(240.0), torch.ones(16)]).view(16, 16)},
         "name": {("layer.9.weight" if "4" in key else key): tensor for key, tensor in TENSORS.items()},
         "dtype": {key: tensor.bfloat16() for key, tensor in TENSORS.items()},
