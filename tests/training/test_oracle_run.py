@@ -17,6 +17,7 @@ from decal.model.wrapper import PeftModel
 from decal.recipes import finetune as recipe
 from decal.rundir import RunDir
 from decal.spec import RunConfig
+from decal.training import job
 from tests.training.tiny_run import config, make_files
 
 
@@ -28,7 +29,7 @@ def by_hand(settings: RunConfig, start: Path) -> tuple[list[float], dict[str, to
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=train.lr, betas=train.betas, weight_decay=0.0)
     scheduler = transformers.get_cosine_schedule_with_warmup(optimizer, 2, train.steps)
-    batches, _ = recipe.batch(settings, prepare(settings.data, load_tokenizer(settings.model), seed=train.seed))
+    batches, _ = job.batch(settings, prepare(settings.data, load_tokenizer(settings.model), seed=train.seed))
     losses = []
     for group in islice(iter(batches), train.steps):
         count = sum(int((b.labels[:, 1:] != -100).sum()) for b in group)

@@ -9,32 +9,28 @@ from typing import Any
 import torch
 from torch import nn
 
-from decal.data.ledger import Ledger
 from decal.layers.coded import uncounted
 from decal.rundir import RunDir
-from decal.spec import RunConfig
-from decal.training.precision import Precision
+from decal.training.job import Job
 from decal.training.state import Progress
 
 PACKAGES = ("decal", "torch", "transformers", "safetensors", "datasets", "tokenizers")
 
 
-def facts(
-    config: RunConfig, precision: Precision, model: nn.Module, *, ledger: Ledger, eval_ledger: Ledger | None
-) -> dict[str, Any]:
+def facts(job: Job) -> dict[str, Any]:
     """Return what is known before the first step."""
-    device = precision.device
-    trainable, total = count(model)
+    device = job.numbers.device
+    trainable, total = count(job.model)
     return {
-        "config": config.model_dump(mode="json"),
+        "config": job.config.model_dump(mode="json"),
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
         "device_type": device.type,
         "threads": torch.get_num_threads(),
-        "precision": precision.name,
+        "precision": job.numbers.name,
         "parameters": {"trainable": trainable, "total": total, "percent": 100 * trainable / total},
-        "data": ledger.to_dict(),
-        "evaluation": eval_ledger.to_dict() if eval_ledger is not None else None,
+        "data": job.data.ledger.to_dict(),
+        "evaluation": None if job.data.eval_ledger is None else job.data.eval_ledger.to_dict(),
     }
 
 

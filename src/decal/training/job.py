@@ -1,0 +1,137 @@
+"""A run before its first step: everything that can be refused has been, and nothing has been written."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from decal.data import prepare as data_door
+from decal.data.batches import Batches, InOrder
+from decal.data.prepare import Prepared
+from decal.errors import ConfigError
+from decal.layers.adapted import Adapted
+from decal.model import quantized
+from decal.model.load import load_model, load_tokenizer
+from decal.model.wrapper import PeftModel
+from decal.rundir import RunDir
+from decal.spec import RunConfig
+from decal.training import logs, losses, plan, precision, start
+from decal.training.losses import Loss
+from decal.training.precision import Precision
+
+LARGE_SCALE = 64  # of an adapter's change; 1 to 4 is usual
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What a run works on. `notes` say what was chosen, and what may well be a mistake."""
+
+    config: RunConfig
+    numbers: Precision
+    tokenizer: Any
+    data: Prepared
+    batches: Batches
+    held_out: InOrder | None
+    model: Any
+    loss: Loss
+    notes: tuple[str, ...]
+
+
+def prepare(config: RunConfig, *, resumed: RunDir | None = None) -> Job:
+    """Return the job that the settings mean. Raises DecalError for whatever would not run.
+
+    The cheapest is refused first: the device and a missing package; then the data, whose faults show in seconds (those
+    of a `resumed` run must be the ones that it began with); then the weights.
+    """
+    logs.check_installed(config.train.log_to)
+    numbers = precision.resolve(config.train.precision, precision.pick_device(config.train.device))
+    seed_everything(config.train.seed)
+
+    tokenizer = load_tokenizer(config.model, revision=config.revision)
+    data = data_door.prepare(config.data, tokenizer, seed=config.train.seed)
+    if resumed is not None:
+        start.check_same_data(resumed, data.ledger.digest)
+    batches, held_out = batch(config, data)
+    plan.make(config.train, steps_per_epoch=batches.steps_per_epoch, evaluates=held_out is not None)
+
+    model = trainable_model(config, numbers)
+    notes = [*quantized.storage(model), *getattr(model, "notes", ()), *cautions(config, numbers, model)]
+    loss = losses.LOSSES[config.train.loss](model, notes.append)
+    return Job(
+        config=config,
+        numbers=numbers,
+        tokenizer=tokenizer,
+        data=data,
+        batches=batches,
+        held_out=held_out,
+        model=model,
+        loss=loss,
+        notes=tuple(notes),
+    )
+
+
+def seed_everything(seed: int) -> None:
+    """Seed the global generators, from which dropout draws; data and adapters have generators of their own."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def batch(config: RunConfig, data: Prepared) -> tuple[Batches, InOrder | None]:
+    """Return the batches to train on and those to evaluate on."""
+    shape: dict[str, Any] = {
+        "length": config.data.max_length,
+        "micro_batch": config.train.micro_batch,
+        "packing": config.data.packing,
+        "pad_id": data.pad_id,
+    }
+    training = Batches(data.train, accumulate=config.train.accumulate, seed=config.train.seed, **shape)
+    return training, InOrder(data.evaluation, **shape) if data.evaluation is not None else None
+
+
+def trainable_model(config: RunConfig, numbers: Precision) -> Any:
+    """Return the model with what is to be trained, and nothing else, requiring gradients."""
+    train, device = config.train, numbers.device
+    # Full fine-tuning moves the weights themselves, so they are fp32; a frozen base stays as it is stored.
+    wide = train.method == "full" or (numbers.name == "fp32" and device.type != "cpu")
+    model: Any = load_model(
+        config.model,
+        dtype=torch.float32 if wide else None,
+        device=device,
+        revision=config.revision,
+        quantize=config.quantize,
+    )
+    if train.method == "lora":
+        model = PeftModel(model, config.lora, generator=torch.Generator().manual_seed(train.seed))
+    else:
+        model.requires_grad_(True)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ConfigError(
+            "nothing is trainable, so training would change nothing",
+            fix="Set lora.inference_mode to false and give lora.target_modules.",
+        )
+    if train.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model
+
+
+def cautions(config: RunConfig, numbers: Precision, model: nn.Module) -> list[str]:
+    """Return what may well be a mistake, though it can be run."""
+    notes: list[str] = []
+    scales = [scale for layer in model.modules() if isinstance(layer, Adapted) for scale in layer.scaling.values()]
+    if scales and max(scales) > LARGE_SCALE:
+        rule = "lora_alpha / sqrt(r)" if config.lora.use_rslora else "lora_alpha / r"
+        notes.append(
+            f"the adapter's scale, {rule}, is {max(scales):,.0f}: 1 to 4 is usual, and one so large may diverge"
+        )
+    if config.train.precision == "bf16" and numbers.device.type == "cpu" and not precision.cpu_has_bf16():
+        notes.append(
+            "train.precision=bf16: this CPU has no instructions for it, which can make a run up to 22 times slower; "
+            "train.precision=auto computes in fp32"
+        )
+    return notes
