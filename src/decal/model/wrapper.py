@@ -161,6 +161,14 @@ class PeftModel(nn.Module):
     def active_peft_config(self) -> LoraConfig:
         return self.peft_config[self.active_adapter]
 
+    def add_weighted_adapter(self, *args: object, **kwargs: object) -> None:
+        """PEFT's method, which decal has not: its `linear` is not the sum, and rsLoRA and DoRA come out wrong."""
+        raise Unsupported(
+            "decal does not combine adapters into a new one",
+            got="add_weighted_adapter",
+            fix="set_adapter([a, b]) applies the exact sum of their changes.",
+        )
+
     # Running.
 
     def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:

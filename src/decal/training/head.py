@@ -47,7 +47,7 @@ def why_not_chunked(model: nn.Module) -> str | None:
         return "the model is not a body with a head on it"
     body, linear = parts(model)
     if type(linear) not in PLAIN:
-        return f"its head is a {type(linear).__name__}, not a plain linear layer"
+        return f"its head is no plain linear layer but of the class {type(linear).__name__}"
     was = model.training
     model.eval()
     try:
