@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 import decal
-from decal.cli import chat, console, generate, inspect, merge, params, quantize, quickstart, targets, train
+from decal.cli import bench, chat, console, generate, inspect, merge, params, quantize, quickstart, targets, train
 from decal.errors import DecalError, nearest
 
 INTERRUPTED = 128 + signal.SIGINT
@@ -26,6 +26,7 @@ COMMANDS = {  # with what the list of commands says of each, in that order
     inspect: "What an adapter is, and what is odd about it.",
     targets: "Which layers an adapter would change.",
     params: "What an adapter of each rank costs.",
+    bench: "How fast a training step is on this machine.",
 }
 
 app = typer.Typer(
