@@ -146,8 +146,11 @@ def _edited(before: Scale, after: Scale) -> str:
     return ", ".join(moved) or "rank_pattern or alpha_pattern was edited"
 
 
-def vocabulary(seal: Seal, now: Tokens) -> Part:
-    """Compare how text becomes ids."""
+def vocabulary(seal: Seal, now: Tokens, *, rewritten: bool) -> Part:
+    """Compare how text becomes ids.
+
+    `rewritten`: other versions of the libraries write the same rules otherwise, and the prompts' ids are the sealed ones.
+    """
     name = "tokenizer"
     if seal.tokens is None:
         return _not_sealed(name)
@@ -157,7 +160,7 @@ def vocabulary(seal: Seal, now: Tokens) -> Part:
         what = f"another vocabulary ({short(before.vocabulary)} -> {short(now.vocabulary)})"
     elif moved := list(_moved(before.special, now.special, both=False)):
         what = "other special tokens: " + ", ".join(f"{key} {old!r} -> {new!r}" for key, old, new in moved)
-    elif before.rules != now.rules:
+    elif before.rules != now.rules and not rewritten:
         what = "other merges, or another normaliser, pre-tokeniser or post-processor"
     if what is None:
         return _ok(name, short(before.vocabulary))

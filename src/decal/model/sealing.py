@@ -181,5 +181,10 @@ def check_tensors(seal: Seal, tensors: Mapping[str, Tensor], *, where: str) -> N
 
 def check_scale(seal: Seal, model: PeftModel, name: str, *, where: str) -> None:
     """Raise AdapterError if adapter `name` does not have the scale that it was sealed with."""
+    compared.refuse([scale_part(seal, model, name)], where=where)
+
+
+def scale_part(seal: Seal, model: PeftModel, name: str) -> compared.Part:
+    """Compare the scales of adapter `name` with the sealed ones."""
     now = Scale(layers={}, **_settings(model.peft_config[name]))
-    compared.refuse([compared.scale(seal, scales(model, name), now)], where=where)
+    return compared.scale(seal, scales(model, name), now)
