@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import sys
@@ -105,6 +106,30 @@ def working(what: str) -> Iterator[None]:
     else:
         note(what)
         yield
+
+
+@contextmanager
+def remarks() -> Iterator[None]:
+    """Show what the library logs in the block as notes, each text once however often it is said."""
+    handler = _Remarks(logging.WARNING)
+    logger = logging.getLogger("decal")
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+
+
+class _Remarks(logging.Handler):
+    def __init__(self, level: int) -> None:
+        super().__init__(level)
+        self._said: set[str] = set()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = record.getMessage()
+        if text not in self._said:
+            self._said.add(text)
+            note(f"note: {text}")
 
 
 def silence() -> None:
