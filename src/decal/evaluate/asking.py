@@ -86,7 +86,9 @@ def prompts(seal: Seal, tokenizer: Any) -> Part:
         return _differs(name, error.what)
     for number, (before, now) in enumerate(zip(sealed, found, strict=False), start=1):
         if before != now:
-            at = next((i for i, (a, b) in enumerate(zip(before, now, strict=False)) if a != b), min(len(before), len(now)))
+            at = next(
+                (i for i, (a, b) in enumerate(zip(before, now, strict=False)) if a != b), min(len(before), len(now))
+            )
             return _differs(
                 name,
                 f"prompt {number} from token {at + 1}: {_text(tokenizer, now[at:])}, where "

@@ -74,7 +74,7 @@ def last_logits(model: Any, rows: Sequence[Sequence[int]]) -> Tensor:
     ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
     mask = torch.nn.utils.rnn.pad_sequence([torch.ones(len(row), dtype=torch.long) for row in rows], batch_first=True)
     lasts = torch.tensor([len(row) - 1 for row in rows])
-    where, place = lasts.unique(return_inverse=True)
+    where, place = torch.unique(lasts, return_inverse=True)
     plain = model.get_base_model() if isinstance(model, PeftModel) else model
     few = "logits_to_keep" in inspect.signature(plain.forward).parameters  # a whole vocabulary for each token is large
     extra = {"logits_to_keep": where.to(device)} if few else {}
@@ -149,4 +149,3 @@ def _kl_of_parts(sealed: Tensor, found: Tensor) -> float:
 
 def _worst(values: Sequence[float]) -> float:
     return max(value if math.isfinite(value) else math.inf for value in values)
-

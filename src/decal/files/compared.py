@@ -10,7 +10,7 @@ from enum import Enum
 from typing import Any
 
 from decal.errors import AdapterError
-from decal.files.sealed import AGAIN, Scale, Seal, Tokens
+from decal.files.sealed import Scale, Seal, Tokens
 
 SHOWN = 12  # hexadecimal digits of a digest, for people
 UNVERIFIED = "To load it regardless, remove its decal.json."
@@ -133,23 +133,25 @@ def scale(seal: Seal, layers: Mapping[str, float], now: Scale) -> Part:
             return Part(
                 name=name,
                 state=State.differs,
-                says=f"does not have the scale that it was trained with: scale moved {wanted:.4g} -> {found:.4g}",
+                says=f"has another scale than in training: scale moved {_number(wanted)} -> {_number(found)}",
                 got=f"{_edited(seal.scale, now)} at {layer}",
                 fix=f"Put adapter_config.json back as it was saved. {UNVERIFIED}",
             )
-    return _ok(name, ", ".join(f"{value:.4g}" for value in sorted(set(sealed.values()))))
+    return _ok(name, ", ".join(_number(value) for value in sorted(set(sealed.values()))))
 
 
 def _edited(before: Scale, after: Scale) -> str:
     keys = ("r", "lora_alpha", "use_rslora")
-    moved = [f"{k} {getattr(before, k)} -> {getattr(after, k)}" for k in keys if getattr(before, k) != getattr(after, k)]
+    moved = [
+        f"{k} {getattr(before, k)} -> {getattr(after, k)}" for k in keys if getattr(before, k) != getattr(after, k)
+    ]
     return ", ".join(moved) or "rank_pattern or alpha_pattern was edited"
 
 
 def vocabulary(seal: Seal, now: Tokens, *, rewritten: bool) -> Part:
     """Compare how text becomes ids.
 
-    `rewritten`: other versions of the libraries write the same rules otherwise, and the prompts' ids are the sealed ones.
+    `rewritten`: other versions of the libraries may write the same rules otherwise, and the prompts' ids are equal.
     """
     name = "tokenizer"
     if seal.tokens is None:
@@ -157,7 +159,10 @@ def vocabulary(seal: Seal, now: Tokens, *, rewritten: bool) -> Part:
     before = seal.tokens
     what = None
     if before.vocabulary != now.vocabulary:
-        what = f"another vocabulary ({short(before.vocabulary)} -> {short(now.vocabulary)})"
+        sizes = f"{now.size:,} tokens, where {before.size:,} are sealed"
+        what = f"another vocabulary of {sizes}"
+        if before.size == now.size:
+            what = f"another vocabulary of as many tokens, {short(now.vocabulary)}, not {short(before.vocabulary)}"
     elif moved := list(_moved(before.special, now.special, both=False)):
         what = "other special tokens: " + ", ".join(f"{key} {old!r} -> {new!r}" for key, old, new in moved)
     elif before.rules != now.rules and not rewritten:
@@ -209,6 +214,10 @@ def _moved(before: Mapping[str, Any], after: Mapping[str, Any], *, both: bool = 
 def _short(value: Any) -> str:
     text = json.dumps(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _number(value: float) -> str:
+    return str(float(f"{value:.4g}"))
 
 
 def _stored(seal: Seal) -> str:

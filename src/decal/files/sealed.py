@@ -36,6 +36,7 @@ class Tokens:
     """What decides how text becomes ids: SHA-256 of each part; None: the tokenizer has no such part."""
 
     vocabulary: str  # every token with its id, the added ones, too
+    size: int  # of the vocabulary
     rules: str | None  # merges, normaliser, pre-tokeniser, post-processor
     special: Mapping[str, str]  # bos_token, eos_token, ...; not the padding, which decides no id
     template: str | None  # the chat template's text

@@ -16,9 +16,10 @@ SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "cls_token", "mas
 def tokens_of(tokenizer: Any) -> Tokens:
     """Return what a tokenizer (with its chat template) is sealed as, and compared by."""
     special = tokenizer.special_tokens_map
-    template = template_of(tokenizer)
+    template, vocabulary = template_of(tokenizer), tokenizer.get_vocab()
     return Tokens(
-        vocabulary=sha256(tokenizer.get_vocab()),
+        vocabulary=sha256(vocabulary),
+        size=len(vocabulary),
         rules=_rules(getattr(tokenizer, "backend_tokenizer", None)),
         special={key: str(special[key]) for key in SPECIAL if special.get(key) is not None},
         # Jinja drops one newline at a template's end, and editors add one.

@@ -87,6 +87,7 @@ def load_model(
         extra["attn_implementation"] = attn_implementation
     model = _read(path, config, task, "auto" if wanted is None else named_dtype(wanted), extra)
     model.seal = sealed.Seal(  # goes into adapters
+        base_config=sealing.config_of(model),
         quantize=settings,
         base_fingerprint=checkpoint.fingerprint(path),
         base_name=str(name),

@@ -18,6 +18,9 @@ from decal.files.compared import State
 from decal.files.sealed import UNSEALED, Scale, Seal
 from decal.layers.adapted import Adapted
 from decal.layers.coded import Coded
+from decal.layers.replaced import ReplacedModule
+from decal.layers.tokens import TokenRows
+from decal.model import rows, targets
 from decal.spec import PEFT_FORMAT_VERSION, LoraConfig
 
 if TYPE_CHECKING:
@@ -114,9 +117,29 @@ def seal_of(model: PeftModel, name: str, config: LoraConfig, *, tensors: str) ->
         start=f"{start}, saved as plain LoRA of rank 2r" if converted else str(start).lower(),
         versions=versions(),
     )
+    if (lost := lost_rows(model, name)) is not None:
+        logging.getLogger("decal").warning(lost)
     read = model.seals.get(name, UNSEALED)
     same = read.tensors == tensors and read.scale == fresh.scale
     return read if same else fresh
+
+
+def lost_rows(model: PeftModel, name: str) -> str | None:
+    """Return a line for people if the vocabulary was resized and adapter `name` does not hold the new rows."""
+    base: Any = model.get_base_model()
+    known: Seal | None = getattr(base, "seal", None)
+    before = None if known is None or known.base_config is None else known.base_config.get("vocab_size")
+    now = rows.count(base)
+    if not isinstance(before, int) or now is None or now <= before:
+        return None
+    table = targets.original(base.get_input_embeddings())
+    for layer in model._carriers[name].values():
+        if isinstance(layer, (ReplacedModule, TokenRows)) and targets.original(layer) is table:
+            return None
+    return (
+        f"the vocabulary was resized from {before:,} to {now:,} rows, and adapter {name!r} does not hold the new ones: "
+        "after a reload they are other random numbers. Train them with trainable_token_indices, or save the base"
+    )
 
 
 def scales(model: PeftModel, name: str) -> dict[str, float]:
@@ -126,7 +149,8 @@ def scales(model: PeftModel, name: str) -> dict[str, float]:
 
 
 def by_last_name(layers: Mapping[str, float]) -> dict[str, float]:
-    """Shorten layers' names to their last parts where all layers of that name have one scale."""
+    """Shorten layers' names to their last parts where all layers of that name have one scale; to 12 digits."""
+    layers = {layer: float(f"{scale:.12g}") for layer, scale in layers.items()}  # sqrt(r) rounds in the last two
     by_end: dict[str, set[float]] = {}
     for layer, scale in layers.items():
         by_end.setdefault(layer.rpartition(".")[2], set()).add(scale)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from decal.evaluate.compare import Sampling, answers
 from decal.evaluate.prompts import Prompts
 from decal.files import peft_files, sealed
 from decal.layers.routing import BASE
-from decal.model import sealing
+from decal.model import rows, sealing
 from decal.model.load import load_model, load_tokenizer
 from decal.model.wrapper import PeftModel
 from decal.spec import ADAPTER_CONFIG, PeftConfig
@@ -69,6 +70,8 @@ def load(model: str | None, adapters: Sequence[str], *, device: str | None = Non
             fix="Give the base with --model.",
         ) from error
     tokenizer = tokenizer_of(next(iter(folders), None), base)
+    if (missing := rows.check(loaded, tokenizer)) is not None:
+        logging.getLogger("decal").warning(missing)
     for folder in folders:  # one tokenizer and template asks them all
         asking.refuse(seal_of([folder]), tokenizer, sealing.versions(), where=folder)
     labels = {BASE: "base"}

@@ -108,7 +108,9 @@ def on_base(plain: Any, read: Fetched, *, where: str) -> PeftModel:
 def asked(seal: Seal, folder: str, base: str) -> list[Part]:
     """Compare the tokenizer that lies beside the adapter (else the base's) with the sealed one."""
     if seal.tokens is None:
-        return [Part(name=name, state=State.not_sealed, says="") for name in ("tokenizer", "chat template", "prompt ids")]
+        return [
+            Part(name=name, state=State.not_sealed, says="") for name in ("tokenizer", "chat template", "prompt ids")
+        ]
     return asking.parts(seal, compare.tokenizer_of(folder, base), sealing.versions())
 
 
@@ -140,6 +142,6 @@ def notes(seal: Seal, replayed: Replay | None) -> Iterator[str]:
         effect, allowed = seal.reference.adapter_kl, replayed.tolerance.kl
         if effect < WEAK * allowed:
             yield (
-                f"the adapter moves its base by only {effect:.3g} nats on these prompts, and {allowed:g} are within the "
-                "tolerance: the logits prove little"
+                f"the adapter moves its base by only {effect:.3g} nats on these prompts, and the tolerance is "
+                f"{allowed:g}: the logits prove little"
             )
