@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import math
 import os
 import sys
@@ -98,37 +97,32 @@ def show_error(error: DecalError) -> None:
 
 @contextmanager
 def working(what: str) -> Iterator[None]:
-    """Say what is being waited for: a spinner on a terminal, one line elsewhere."""
+    """Say what is being waited for: a spinner on a terminal, one line elsewhere. What the library logs are notes."""
     console = err()
-    if console.is_terminal:
-        with console.status(Text(what)):
+    with remarks():
+        if console.is_terminal:
+            with console.status(Text(what)):
+                yield
+        else:
+            note(what)
             yield
-    else:
-        note(what)
-        yield
 
 
 @contextmanager
 def remarks() -> Iterator[None]:
-    """Show what the library logs in the block as notes, each text once however often it is said."""
-    handler = _Remarks(logging.WARNING)
+    """Show what the library logs in the block as notes after it, each text once however often it is said."""
+    import logging
+
+    said: dict[str, None] = {}
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: said.setdefault(record.getMessage())  # type: ignore[method-assign]
     logger = logging.getLogger("decal")
     logger.addHandler(handler)
     try:
         yield
     finally:
         logger.removeHandler(handler)
-
-
-class _Remarks(logging.Handler):
-    def __init__(self, level: int) -> None:
-        super().__init__(level)
-        self._said: set[str] = set()
-
-    def emit(self, record: logging.LogRecord) -> None:
-        text = record.getMessage()
-        if text not in self._said:
-            self._said.add(text)
+        for text in said:
             note(f"note: {text}")
 
 

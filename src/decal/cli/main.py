@@ -72,8 +72,7 @@ def main(words: Sequence[str] | None = None) -> None:
 def run(words: Sequence[str], *, debug: bool) -> int:
     """Run one command and return its exit code; every error becomes a few lines on stderr."""
     try:
-        with console.remarks():
-            code = app(list(words) or ["--help"], prog_name="decal", standalone_mode=False)
+        code = app(list(words) or ["--help"], prog_name="decal", standalone_mode=False)
         return code if isinstance(code, int) else 0
     except DecalError as error:
         if debug:
