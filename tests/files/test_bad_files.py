@@ -110,7 +110,7 @@ BAD: dict[str, tuple[Damage, str]] = {
     "8-bit floats": (cast(torch.float8_e4m3fn), "is stored as float8_e4m3fn"),
     "one tensor of bytes": (tensors(lambda s: s.update({FIRST: s[FIRST].to(torch.uint8)})), "stored as uint8.*1 of 8"),
     "an empty shard": (tensors(lambda s: s.update({FIRST: torch.ones(0)})), "empty|another shape|another base"),
-    "another rank in the configuration": (config(r=16), r"scale moved 1 -> 0\.5.*r 8 -> 16"),
+    "another rank in the configuration": (config(r=16), r"scale moved 1\.0 -> 0\.5.*r 8 -> 16"),
     "truncated": (truncated, "damaged or cut short"),
     "no bytes": (emptied, "damaged or cut short"),
     "not safetensors": (garbled, "damaged"),
