@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from decal.model.load import load_tokenizer as load_tokenizer
     from decal.model.quantized import prepare_model_for_kbit_training as prepare_model_for_kbit_training
     from decal.model.wrapper import PeftModel as PeftModel
+    from decal.recipes.verify import verify as verify
     from decal.spec import DataConfig as DataConfig
     from decal.spec import LoraConfig as LoraConfig
     from decal.spec import PeftConfig as PeftConfig
@@ -43,6 +44,7 @@ _EXPORTS = {
     "load_tokenizer": "decal.model.load",
     "prepare_model_for_kbit_training": "decal.model.quantized",
     "train": "decal.api",
+    "verify": "decal.recipes.verify",
 }
 __all__ = sorted(_EXPORTS)  # one table serves both
 

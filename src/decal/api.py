@@ -76,15 +76,13 @@ class AutoPeftModelForCausalLM:
                 got=name,
                 fix="Load the base yourself, then PeftModel.from_pretrained(base, adapter).",
             )
-        if quantization_config is None:
-            patterns = saved.patterns(subfolder)
-            folder = locate.folder(name, kind="adapter", revision=revision, patterns=patterns, subfolder=subfolder)
-            quantize = sealed.read(folder).quantize  # as it was trained
-        else:
-            quantize = None
+        patterns = saved.patterns(subfolder)
+        folder = locate.folder(name, kind="adapter", revision=revision, patterns=patterns, subfolder=subfolder)
+        seal = sealed.read(folder)
         base = load.load_model(
             config.base_model_name_or_path,
-            quantize=quantize,
+            quantize=seal.quantize if quantization_config is None else None,  # as it was trained
+            revision=seal.base_revision or config.revision,
             dtype=dtype,
             torch_dtype=torch_dtype,
             device_map=device_map,

@@ -107,7 +107,7 @@ def test_a_subfolder_and_a_revision_are_found(visit: Visit) -> None:
 
 def test_of_an_adapter_only_its_own_files_are_downloaded(visit: Visit) -> None:
     fetched = {request.rpartition("/")[2] for request in visit.hub.requests if "GET /user/adapter/resolve/" in request}
-    assert fetched == {"adapter_config.json", "adapter_model.safetensors"}
+    assert fetched == {"adapter_config.json", "adapter_model.safetensors", "decal.json"}
 
 
 def test_a_pushed_adapter_comes_back_the_same(visit: Visit) -> None:

@@ -169,7 +169,7 @@ def test_files_of_several_adapters_lie_where_peft_puts_them(tmp_path: Path) -> N
     theirs.save_pretrained(tmp_path / "theirs")
     ids = models.tokens()
     for folder in ("", "b"):
-        files = {p.name for p in (tmp_path / "ours" / folder).iterdir()}
+        files = {p.name for p in (tmp_path / "ours" / folder).iterdir()} - {"decal.json"}
         assert files <= {p.name for p in (tmp_path / "theirs" / folder).iterdir()}
         by_decal = PeftModel.from_pretrained(models.make("llama"), tmp_path / "theirs" / folder)
         by_peft = peft.PeftModel.from_pretrained(models.make("llama"), tmp_path / "ours" / folder)

@@ -97,14 +97,33 @@ def show_error(error: DecalError) -> None:
 
 @contextmanager
 def working(what: str) -> Iterator[None]:
-    """Say what is being waited for: a spinner on a terminal, one line elsewhere."""
+    """Say what is being waited for: a spinner on a terminal, one line elsewhere. What the library logs are notes."""
     console = err()
-    if console.is_terminal:
-        with console.status(Text(what)):
+    with remarks():
+        if console.is_terminal:
+            with console.status(Text(what)):
+                yield
+        else:
+            note(what)
             yield
-    else:
-        note(what)
+
+
+@contextmanager
+def remarks() -> Iterator[None]:
+    """Show what the library logs in the block as notes after it, each text once however often it is said."""
+    import logging
+
+    said: dict[str, None] = {}
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: said.setdefault(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("decal")
+    logger.addHandler(handler)
+    try:
         yield
+    finally:
+        logger.removeHandler(handler)
+        for text in said:
+            note(f"note: {text}")
 
 
 def silence() -> None:

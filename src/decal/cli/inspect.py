@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from decal.cli import console
+from decal.errors import AdapterError
 
 if TYPE_CHECKING:
     from decal.cli.adapter_facts import Delta, Facts
+    from decal.files.sealed import Seal
 
 EXAMPLES = "Examples:\n\ndecal inspect runs/first/adapter\n\ndecal inspect runs/first --layers --json"
 
@@ -26,9 +28,9 @@ def inspect(
     with console.working("reading the adapter"):
         from decal import locate
         from decal.cli import adapter_facts
-        from decal.files.peft_files import PATTERNS
+        from decal.model import saved
 
-        found = adapter_facts.read(locate.folder(adapter_of(adapter), kind="adapter", patterns=PATTERNS))
+        found = adapter_facts.read(locate.folder(adapter_of(adapter), kind="adapter", patterns=saved.patterns(None)))
     if as_json:
         console.dump(plain(found))
         return
@@ -77,7 +79,11 @@ def summary(found: Facts) -> dict[str, str]:
 
     settings = found.settings
     lines = {"adapter": str(found.path), "base": str(settings.get("base_model_name_or_path") or "not named")}
-    seal = sealed.read(found.path)
+    try:
+        seal = sealed.read(found.path)
+        lines["seal"] = sealed_parts(seal)
+    except AdapterError as error:  # damage is told, and stops nothing
+        seal, lines["seal"] = sealed.UNSEALED, error.what
     if seal.base_fingerprint is not None:
         stored = "as it is stored" if seal.quantize is None else f"in {seal.quantize.format}"
         lines["trained on"] = f"its base {stored}, weights {seal.base_fingerprint[:12]}"
@@ -97,6 +103,20 @@ def summary(found: Facts) -> dict[str, str]:
         more = f" and {len(found.others) - 3} more" if len(found.others) > 3 else ""
         lines["also"] = ", ".join(found.others[:3]) + more
     return lines
+
+
+def sealed_parts(seal: Seal) -> str:
+    """Return what `decal verify` can compare."""
+    parts = {
+        "base": seal.base_fingerprint,
+        "scale": seal.scale,
+        "tensors": seal.tensors,
+        "tokenizer and template": seal.tokens,
+        "data": seal.data,
+        "answers to 8 prompts": seal.reference,
+    }
+    there = [name for name, part in parts.items() if part is not None]
+    return ", ".join(there) or "none (no decal.json): nothing of it can be verified"
 
 
 def groups(deltas: tuple[Delta, ...], *, each: bool) -> dict[str, list[Delta]]:

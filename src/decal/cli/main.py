@@ -12,7 +12,20 @@ from typing import Annotated
 import typer
 
 import decal
-from decal.cli import bench, chat, console, generate, inspect, merge, params, quantize, quickstart, targets, train
+from decal.cli import (
+    bench,
+    chat,
+    console,
+    generate,
+    inspect,
+    merge,
+    params,
+    quantize,
+    quickstart,
+    targets,
+    train,
+    verify,
+)
 from decal.errors import DecalError, nearest
 
 INTERRUPTED = 128 + signal.SIGINT
@@ -23,6 +36,7 @@ COMMANDS = {  # with what the list of commands says of each, in that order
     chat: "Talk with a model and its adapter.",
     merge: "Write base + adapter as one model, and measure it.",
     quantize: "Store a model in 4 bits, and measure what it costs.",
+    verify: "Whether an adapter is what was sealed, and answers as it did.",
     inspect: "What an adapter is, and what is odd about it.",
     targets: "Which layers an adapter would change.",
     params: "What an adapter of each rank costs.",

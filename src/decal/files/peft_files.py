@@ -6,6 +6,7 @@ Keys are `base_model.model.<layer>.<part>` without the adapter's name, for examp
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -26,8 +27,11 @@ COUNTERS = (torch.int64, torch.bool)  # buffers of modules saved whole, such as 
 PATTERNS = (ADAPTER_CONFIG, WEIGHTS)  # what an adapter needs from a hub repository
 
 
-def write(folder: Path, config: LoraConfig, tensors: Mapping[str, Tensor]) -> None:
-    """Write one adapter. `tensors` are keyed without the prefix. Raises AdapterError for NaN and for empty tensors."""
+def write(folder: Path, config: LoraConfig, tensors: Mapping[str, Tensor]) -> str:
+    """Write one adapter and return its tensors' digest. `tensors` are keyed without the prefix.
+
+    Raises AdapterError for NaN and for empty tensors.
+    """
     refuse_broken(tensors, where="the adapter to be saved")
     state: dict[str, Tensor] = {}
     memory: set[int] = set()
@@ -39,6 +43,20 @@ def write(folder: Path, config: LoraConfig, tensors: Mapping[str, Tensor]) -> No
         state[f"{PREFIX}{key}"] = value
     rundir.write_bytes(folder / WEIGHTS, save(state, metadata={"format": "pt"}))
     rundir.write_json(folder / ADAPTER_CONFIG, config.to_dict())
+    return digest({key.removeprefix(PREFIX): value for key, value in state.items()})
+
+
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """Return the SHA-256 over all tensors' names, dtypes, shapes and bytes, in the order of their names.
+
+    `tensors` lie on the CPU, in one piece each, and are keyed without the prefix.
+    """
+    found = hashlib.sha256()
+    for key in sorted(tensors):
+        tensor = tensors[key]
+        found.update(f"{key} {name_of(tensor.dtype)} {tuple(tensor.shape)}".encode())
+        found.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
 
 
 def read(folder: Path) -> tuple[LoraConfig, dict[str, Tensor]]:

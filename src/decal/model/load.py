@@ -24,7 +24,7 @@ from decal import locate
 from decal.errors import ConfigError, DecalError, Unsupported
 from decal.files import checkpoint, sealed
 from decal.layers.dense import SIXTEEN_BIT, WIDE, widened
-from decal.model import quantized, quantizer, streamed
+from decal.model import quantized, quantizer, sealing, streamed
 from decal.model.inject import place
 from decal.model.targets import HEADS
 from decal.spec import QuantConfig, TaskType
@@ -86,7 +86,13 @@ def load_model(
     if attn_implementation is not None:
         extra["attn_implementation"] = attn_implementation
     model = _read(path, config, task, "auto" if wanted is None else named_dtype(wanted), extra)
-    model.seal = sealed.Seal(quantize=settings, base_fingerprint=checkpoint.fingerprint(path))  # goes into adapters
+    model.seal = sealed.Seal(  # goes into adapters
+        base_config=sealing.config_of(model),
+        quantize=settings,
+        base_fingerprint=checkpoint.fingerprint(path),
+        base_name=str(name),
+        base_revision=sealing.revision_of(path) or revision,
+    )
     model.name_or_path = str(name)  # what adapters record as their base: as the user named it
     if device_map is None:
         model.to(target)

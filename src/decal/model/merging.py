@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from decal.errors import DecalError
-from decal.files import peft_files
+from decal.files import peft_files, sealed
 from decal.layers.adapted import Adapted
 from decal.layers.replaced import ReplacedModule
 from decal.layers.tokens import TiedTokenRows, TokenRows
@@ -58,6 +58,8 @@ def unwrap(model: PeftModel, merged: Sequence[str]) -> nn.Module:
     for p in plain.parameters():
         p.requires_grad_(id(p) not in frozen_before)
     saved.say_untied(plain)
+    if merged:
+        plain.seal = sealed.UNSEALED  # type: ignore[assignment]  # these are no longer the weights that it was loaded from
     return plain
 
 

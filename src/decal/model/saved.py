@@ -19,7 +19,7 @@ from decal.layers.embedding import TiedLoRA
 from decal.layers.lora import ResidualLoRA
 from decal.layers.replaced import ReplacedModule
 from decal.layers.tokens import TokenRows
-from decal.model import inject, targets
+from decal.model import inject, sealing, targets
 from decal.spec import LoraConfig
 
 if TYPE_CHECKING:
@@ -27,6 +27,14 @@ if TYPE_CHECKING:
 
 TOKEN_ROWS = "token_adapter.trainable_tokens_delta"
 MAGNITUDE = "lora_magnitude_vector"
+
+
+class Fetched(NamedTuple):
+    """An adapter as its folder holds it."""
+
+    config: LoraConfig
+    tensors: dict[str, Tensor]
+    seal: sealed.Seal
 
 
 class LoadResult(NamedTuple):
@@ -97,15 +105,16 @@ def for_loading(config: LoraConfig, *, is_trainable: bool) -> LoraConfig:
 
 def fetch(
     model_id: str | os.PathLike[str], model: nn.Module, *, revision: str | None, subfolder: str | None
-) -> tuple[LoraConfig, dict[str, Tensor]]:
-    """Return a saved adapter's configuration and tensors; raise AdapterError if they are for another base."""
+) -> Fetched:
+    """Return a saved adapter; raise AdapterError if it is for another base, or is not what was sealed."""
     folder = locate.folder(
         model_id, kind="adapter", revision=revision, patterns=patterns(subfolder), subfolder=subfolder
     )
-    sealed.refuse_other_base(sealed.read(folder), model, where=str(model_id))
+    seal = sealed.read(folder)
     config, given = peft_files.read(folder)
     refuse_other_shape(model, config, given, where=str(model_id))
-    return config, given
+    sealing.check_base(seal, model, where=str(model_id))
+    return Fetched(config, given, seal)
 
 
 def patterns(subfolder: str | None) -> list[str]:
@@ -113,9 +122,10 @@ def patterns(subfolder: str | None) -> list[str]:
     return [f"{subfolder}/{p}" if subfolder else p for p in (*peft_files.PATTERNS, sealed.SEAL)]
 
 
-def fill(model: PeftModel, name: str, given: Mapping[str, Tensor], *, where: str) -> None:
-    """Put a file's tensors into adapter `name`. Raises AdapterError unless they fit exactly."""
-    given = _named_as_ours(given)
+def fill(model: PeftModel, name: str, read: Fetched, *, where: str) -> None:
+    """Put a file's tensors into adapter `name`. Raises AdapterError unless they and the sealed scale fit exactly."""
+    sealing.check_scale(read.seal, model, name, where=where)
+    given = _named_as_ours(read.tensors)
     given = _without_tables(model, given, where=where)
     expected = tensors(model, name)
     given = _without_tied_copies(model, name, given)
@@ -127,6 +137,7 @@ def fill(model: PeftModel, name: str, given: Mapping[str, Tensor], *, where: str
                 got=f"{tuple(tensor.shape)}, where the model needs {tuple(expected[key].shape)}",
                 fix="The adapter is for another base model, or its configuration (r, rank_pattern) was edited.",
             )
+    sealing.check_tensors(read.seal, read.tensors, where=where)  # after what can be said in more detail
     biases = _bias_values(model, name, given)
     for layer_name, layer in model._carriers[name].items():
         own = {k.removeprefix(f"{layer_name}."): t for k, t in given.items() if k.startswith(f"{layer_name}.")}
@@ -139,6 +150,7 @@ def fill(model: PeftModel, name: str, given: Mapping[str, Tensor], *, where: str
                 layer.rows_of(name).copy_(own[TOKEN_ROWS])
     if biases:
         model.biases.load(name, biases)
+    model.seals[name] = read.seal
 
 
 def _fill_adapted(layer: Adapted, name: str, own: dict[str, Tensor]) -> None:

@@ -18,7 +18,7 @@ from decal.files import hub, peft_files, sealed
 from decal.layers.adapted import Adapted
 from decal.layers.coded import uncounted
 from decal.layers.routing import Routing, Switch, rows_of
-from decal.model import foreign, generate, merging, quantized, recompute, saved
+from decal.model import foreign, generate, merging, quantized, recompute, saved, sealing
 from decal.model.adapters import Adapters
 from decal.model.biases import TrainedBiases
 from decal.model.inject import Injection, Wrapper, check_choice, check_known, check_new, unwrap_empty
@@ -52,6 +52,7 @@ class PeftModel(nn.Module):
         self.biases = TrainedBiases()
         self.peft_config: dict[str, LoraConfig] = {}
         self.notes: list[str] = []
+        self.seals: dict[str, sealed.Seal] = {}  # of adapters that were read
         self._carriers: dict[str, dict[str, Wrapper]] = {}
         init = not low_cpu_mem_usage
         self._add(adapter_name, peft_config, generator=generator, fp32=autocast_adapter_dtype, init=init)
@@ -129,6 +130,7 @@ class PeftModel(nn.Module):
             layer.remove(adapter_name)
         unwrap_empty(self.get_base_model())
         del self.peft_config[adapter_name]
+        self.seals.pop(adapter_name, None)
         remaining = [name for name in was if name != adapter_name] or [next(iter(self.peft_config))]
         self.switch.active = tuple(name for name in was if name != adapter_name)
         self.set_adapter(remaining)
@@ -276,8 +278,9 @@ class PeftModel(nn.Module):
             return
         for name in saved.selected(selected_adapters, self.peft_config):
             folder = Path(save_directory) if name == "default" else Path(save_directory) / name
-            peft_files.write(folder, saved.config(self, name), saved.tensors(self, name))
-            sealed.write(folder, sealed.of(self.get_base_model()))
+            config = saved.config(self, name)
+            digest = peft_files.write(folder, config, saved.tensors(self, name))
+            sealed.write(folder, sealing.seal_of(self, name, config, tensors=digest))
 
     def push_to_hub(
         self,
@@ -313,12 +316,12 @@ class PeftModel(nn.Module):
 
         `device_map` and dtypes are PEFT's and change nothing: an adapter lies where its base's weights lie.
         """
-        read, tensors = saved.fetch(model_id, model, revision=revision, subfolder=subfolder)
-        config = saved.for_loading(config or read, is_trainable=is_trainable)
+        read = saved.fetch(model_id, model, revision=revision, subfolder=subfolder)
+        config = saved.for_loading(config or read.config, is_trainable=is_trainable)
         fp32 = autocast_adapter_dtype
         wrapped = PeftModel(model, config, adapter_name, autocast_adapter_dtype=fp32, low_cpu_mem_usage=True)
         try:
-            saved.fill(wrapped, adapter_name, tensors, where=str(model_id))
+            saved.fill(wrapped, adapter_name, read, where=str(model_id))
         except AdapterError:
             wrapped.unload()
             raise
@@ -338,15 +341,15 @@ class PeftModel(nn.Module):
         subfolder: str | None = None,
     ) -> saved.LoadResult:
         """Load a saved adapter beside the others (or into one of the same name); it does not become active."""
-        read, tensors = saved.fetch(model_id, self.get_base_model(), revision=revision, subfolder=subfolder)
-        config = saved.for_loading(read, is_trainable=is_trainable)
+        read = saved.fetch(model_id, self.get_base_model(), revision=revision, subfolder=subfolder)
+        config = saved.for_loading(read.config, is_trainable=is_trainable)
         fresh = adapter_name not in self.peft_config
         if fresh:
             self._add(adapter_name, config, fp32=autocast_adapter_dtype, init=False, strict=False)
         else:
             saved.refuse_other_change(self.peft_config[adapter_name], config, where=str(model_id))
         try:
-            saved.fill(self, adapter_name, tensors, where=str(model_id))
+            saved.fill(self, adapter_name, read, where=str(model_id))
         except AdapterError:
             if fresh:
                 self.delete_adapter(adapter_name)

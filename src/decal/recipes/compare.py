@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,10 +10,12 @@ from typing import Any
 
 from decal import locate, rundir
 from decal.errors import AdapterError, DecalError
+from decal.evaluate import asking
 from decal.evaluate.compare import Sampling, answers
 from decal.evaluate.prompts import Prompts
 from decal.files import peft_files, sealed
 from decal.layers.routing import BASE
+from decal.model import rows, sealing
 from decal.model.load import load_model, load_tokenizer
 from decal.model.wrapper import PeftModel
 from decal.spec import ADAPTER_CONFIG, PeftConfig
@@ -54,8 +57,10 @@ def load(model: str | None, adapters: Sequence[str], *, device: str | None = Non
     """
     folders = [result_of(adapter, rundir.ADAPTER) for adapter in adapters]
     base = base_of(folders) if model is None else result_of(model, rundir.MODEL)
+    seal = seal_of(folders)
+    revision = seal.base_revision if model is None else None
     try:
-        loaded: Any = load_model(base, device=device, quantize=seal_of(folders).quantize)
+        loaded: Any = load_model(base, device=device, quantize=seal.quantize, revision=revision)
     except DecalError as error:
         if model is not None or not folders:
             raise
@@ -65,6 +70,10 @@ def load(model: str | None, adapters: Sequence[str], *, device: str | None = Non
             fix="Give the base with --model.",
         ) from error
     tokenizer = tokenizer_of(next(iter(folders), None), base)
+    if (missing := rows.check(loaded, tokenizer)) is not None:
+        logging.getLogger("decal").warning(missing)
+    for folder in folders:  # one tokenizer and template asks them all
+        asking.refuse(seal_of([folder]), tokenizer, sealing.versions(), where=folder)
     labels = {BASE: "base"}
     for number, folder in enumerate(folders, start=1):
         name = f"adapter{number}"

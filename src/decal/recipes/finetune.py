@@ -15,6 +15,7 @@ from decal import rundir
 from decal.data.ledger import Ledger
 from decal.evaluate.loss import evaluate
 from decal.model.lean import lean
+from decal.recipes import verify
 from decal.rundir import RunDir
 from decal.spec import RunConfig
 from decal.training import logs, loop, manifest, start, state
@@ -100,6 +101,8 @@ def save(folder: Path, job: Job) -> Path:
     with rundir.new_folder(folder) as new:
         job.model.save_pretrained(new)
         job.tokenizer.save_pretrained(new)
+        if job.config.train.method == "lora":
+            verify.complete(new, job.model, job.tokenizer, job.data.ledger)
     return folder
 
 

@@ -19,13 +19,14 @@ from decal import rundir
 from decal.data import prepare
 from decal.data.mask import Sample
 from decal.errors import ConfigError, DataError, RunError, Unsupported
+from decal.evaluate import asking
 from decal.evaluate.closeness import Rounding, Tally, logits_of, mean_kl, perplexity
 from decal.evaluate.prompts import Prompts
 from decal.files import peft_files, sealed
 from decal.layers.coded import Coded, CodedLinear
 from decal.layers.coded_experts import CodedExperts
 from decal.layers.streamed import StreamedLinear
-from decal.model import quantized, summed
+from decal.model import quantized, sealing, summed
 from decal.model.load import compute_in_fp32, load_model, named_dtype
 from decal.model.wrapper import PeftModel
 from decal.ops import workspace
@@ -115,8 +116,9 @@ class Stack:
     def load(self, dtype: torch.dtype | None = None) -> PeftModel:
         """Load it with its linear weights left in their files."""
         model: Any = load_model(self.base, dtype=dtype, device="cpu", quantize=self.quantize, stream=True)
-        if self.any_base:
-            model.seal = sealed.UNSEALED
+        trained_on = compare.seal_of([self.adapter]).quantize
+        # A merge measures what another storage format does: that needs no warning.
+        model.seal = sealed.UNSEALED if self.any_base else replace(model.seal, quantize=trained_on)
         return PeftModel.from_pretrained(model, self.adapter).eval()
 
 
@@ -157,6 +159,8 @@ def merge(
     seal = compare.seal_of([folder])
     stack = Stack(base=base, quantize=seal.quantize, adapter=folder, any_base=force)
     tokenizer = compare.tokenizer_of(folder, base)
+    if not force:
+        asking.refuse(seal, tokenizer, sealing.versions(), where=folder)
     asked = Prompts(tokenizer)
     tuned = stack.load()
     stored = main_dtype(tuned)

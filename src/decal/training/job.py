@@ -13,9 +13,10 @@ from torch import nn
 from decal.data import prepare as data_door
 from decal.data.batches import Batches, InOrder
 from decal.data.prepare import Prepared
+from decal.data.samples import Samples
 from decal.errors import ConfigError
 from decal.layers.adapted import Adapted
-from decal.model import quantized
+from decal.model import quantized, rows
 from decal.model.load import load_model, load_tokenizer
 from decal.model.wrapper import PeftModel
 from decal.rundir import RunDir
@@ -62,6 +63,8 @@ def prepare(config: RunConfig, *, resumed: RunDir | None = None) -> Job:
     model = trainable_model(config, numbers)
     notes = [*quantized.storage(model), *getattr(model, "notes", ()), *cautions(config, numbers, model)]
     loss = losses.LOSSES[config.train.loss](model, notes.append)
+    if (missing := rows.check(model, tokenizer, data.train if isinstance(data.train, Samples) else ())) is not None:
+        notes.append(missing)
     return Job(
         config=config,
         numbers=numbers,
