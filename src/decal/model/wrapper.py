@@ -14,6 +14,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from decal.errors import AdapterError, DecalError, Unsupported
+from decal import rundir
 from decal.files import hub, peft_files, sealed
 from decal.layers.adapted import Adapted
 from decal.layers.coded import uncounted
@@ -268,8 +269,9 @@ class PeftModel(nn.Module):
             return
         for name in saved.selected(selected_adapters, self.peft_config):
             folder = Path(save_directory) if name == "default" else Path(save_directory) / name
-            peft_files.write(folder, saved.config(self, name), saved.tensors(self, name))
-            sealed.write(folder, sealed.of(self.get_base_model()))
+            with rundir.writing(folder):
+                peft_files.write(folder, saved.config(self, name), saved.tensors(self, name))
+                sealed.write(folder, sealed.of(self.get_base_model()))
 
     def push_to_hub(
         self,
