@@ -12,7 +12,7 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -28,21 +28,26 @@ COMPLETE = "complete.json"  # written last into a checkpoint; a folder without i
 
 
 class NotWritten(RunError):
-    """A disk is full, read-only or gone. `reason` is what the system says; what was there before is untouched."""
+    """A disk is full, read-only or gone; `reason` is what the system says."""
 
     def __init__(self, path: Path, reason: str, *, fix: str) -> None:
         self.reason = reason
         super().__init__(f"{path.name} could not be written ({reason})", got=path, fix=fix)
 
 
-MAKE_ROOM = "Make room, or choose a place that you may write to; what was there before is untouched."
+MAKE_ROOM = "Make room, or choose a place that you may write to; nothing half-written was left in its place."
 
 
 @contextmanager
 def writing(path: Path, *, fix: str = MAKE_ROOM) -> Iterator[None]:
-    """Turn what a full or read-only disk raises in the block, from whatever library, into NotWritten."""
+    """Turn what a full or read-only disk raises in the block, from whatever library, into NotWritten.
+
+    The outermost block names the place, for only that one has a name that the user knows.
+    """
     try:
         yield
+    except NotWritten as error:
+        raise NotWritten(path, error.reason, fix=fix) from error
     except Exception as error:
         reason = disk_fault(error)
         if reason is None:
@@ -57,7 +62,7 @@ def disk_fault(error: Exception) -> str | None:
     """
     if isinstance(error, OSError):
         return error.strerror or because(error)
-    number = None if isinstance(error, RunError) else re.search(r"\(os error (\d+)\)", str(error))
+    number = re.search(r"\(os error (\d+)\)", str(error))
     return os.strerror(int(number[1])) if number else None
 
 
@@ -66,44 +71,46 @@ def write_bytes(path: Path, data: bytes) -> None:
 
     Raises NotWritten, as all that writes here.
     """
-    write_together({path: data})
-
-
-def write_together(files: Mapping[Path, bytes]) -> None:
-    """Write files that belong together: none takes its place before all have been written in full.
-
-    The last one is what a reader asks for first. It is away while the others take their places, so that a crash in
-    between leaves a set that is refused, never a mixed one.
-    """
-    *_, last = files
-    temporary = {path: path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in files}
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with writing(last):
-            for path, data in files.items():
-                with writing(path):
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    with open(temporary[path], "wb") as file:
-                        file.write(data)
-                        file.flush()
-                        os.fsync(file.fileno())
-            if len(files) > 1:
-                last.unlink(missing_ok=True)
-            for path, whole in temporary.items():
-                os.replace(whole, path)
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(temporary, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
     finally:
         with suppress(OSError):
-            for whole in temporary.values():
-                whole.unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def together(folder: Path, names: Sequence[str]) -> Iterator[Path]:
+    """Yield a temporary folder; what is written there takes the places of `names` in `folder` if the block ends well.
+
+    What is not written there is deleted here. The last name is what a reader asks for first: it is away while the
+    others take their places, so that a crash just then leaves a set that is refused, never a mixed one.
+    """
+    new = folder / f".{names[-1]}.{os.getpid()}.tmp"
+    try:
+        with writing(folder):
+            shutil.rmtree(new, ignore_errors=True)
+            new.mkdir(parents=True)
+            yield new
+            (folder / names[-1]).unlink(missing_ok=True)
+            for name in names:
+                if (new / name).exists():
+                    os.replace(new / name, folder / name)
+                else:
+                    (folder / name).unlink(missing_ok=True)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
 
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON with sorted keys, atomically."""
-    write_bytes(path, json_bytes(value))
-
-
-def json_bytes(value: Any) -> bytes:
-    """Return a value as the JSON that decal writes: sorted keys, UTF-8."""
-    return (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
+    write_bytes(path, (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode())
 
 
 @contextmanager

@@ -27,7 +27,7 @@ from safetensors.torch import load_file
 from decal.recipes.finetune import finetune
 from decal.rundir import RunDir
 from decal.spec import RunConfig
-from tests.faults.operations import operations
+from tests.faults.operations import seen
 from tests.training import tiny_run
 
 ENDED, KILLED = 0, -signal.SIGKILL
@@ -79,10 +79,9 @@ def _in_child(config: RunConfig, kill: Kill, note: Path) -> int:
         if number == kill.operation:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    operations(Path(config.output), act)
     try:
-        run = RunDir(Path(config.output))
-        finetune(config, resume=run.holds_run())
+        with seen(Path(config.output), act):
+            finetune(config, resume=RunDir(Path(config.output)).holds_run())
     except BaseException as error:
         os.write(2, f"{type(error).__name__}: {error}\n".encode())
         return 1

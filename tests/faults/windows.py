@@ -14,7 +14,7 @@ from pathlib import Path
 
 from decal import rundir
 from decal.rundir import RunDir
-from tests.faults.operations import operations
+from tests.faults.operations import seen
 
 
 def work(path: Path) -> None:
@@ -34,7 +34,9 @@ def work(path: Path) -> None:
             rundir.write_json(folder / "part" / "state.json", {"step": step})
         run.prune(keep=1, best=2)
     with rundir.new_folder(run.adapter) as folder:
-        rundir.write_together({folder / "weights": b"of the adapter", folder / "settings": b"its settings"})
+        with rundir.together(folder, ("weights", "settings")) as new:
+            rundir.write_bytes(new / "weights", b"of the adapter")
+            rundir.write_bytes(new / "settings", b"its settings")
     run.write_manifest({"outcome": 1})
 
 
@@ -44,8 +46,8 @@ def in_child(path: Path, kill_before: int | None) -> bool:
     if child == 0:
         try:
             os.fsync = lambda _: None  # it guards against a power cut, which nobody can stage here, and takes long
-            operations(path, lambda number, _: os.kill(os.getpid(), signal.SIGKILL) if number == kill_before else None)
-            work(path)
+            with seen(path, lambda number, _: os.kill(os.getpid(), signal.SIGKILL) if number == kill_before else None):
+                work(path)
         except BaseException:
             os._exit(1)
         os._exit(0)

@@ -37,8 +37,8 @@ def write(folder: Path, config: LoraConfig, tensors: Mapping[str, Tensor]) -> No
             value = value.clone()
         memory.add(value.data_ptr())
         state[f"{PREFIX}{key}"] = value
-    weights, settings = save(state, metadata={"format": "pt"}), rundir.json_bytes(config.to_dict())
-    rundir.write_together({folder / WEIGHTS: weights, folder / ADAPTER_CONFIG: settings})
+    rundir.write_bytes(folder / WEIGHTS, save(state, metadata={"format": "pt"}))
+    rundir.write_json(folder / ADAPTER_CONFIG, config.to_dict())
 
 
 def read(folder: Path) -> tuple[LoraConfig, dict[str, Tensor]]:

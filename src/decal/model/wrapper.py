@@ -269,9 +269,9 @@ class PeftModel(nn.Module):
             return
         for name in saved.selected(selected_adapters, self.peft_config):
             folder = Path(save_directory) if name == "default" else Path(save_directory) / name
-            with rundir.writing(folder):
-                peft_files.write(folder, saved.config(self, name), saved.tensors(self, name))
-                sealed.write(folder, sealed.of(self.get_base_model()))
+            with rundir.together(folder, (sealed.SEAL, *reversed(peft_files.PATTERNS))) as new:
+                peft_files.write(new, saved.config(self, name), saved.tensors(self, name))
+                sealed.write(new, sealed.of(self.get_base_model()))
 
     def push_to_hub(
         self,
