@@ -225,7 +225,7 @@ def test_a_real_disk_of_any_size_that_is_too_small(files: Path, tmp_path: Path, 
     else:
         raise AssertionError("the disk was never large enough")
     print(f"{name}: {errors} disks were too small, one of {size:,} bytes was not")
-    assert errors > 3
+    assert errors >= 2
 
 
 def errors_of(job: Job, place: Path) -> DecalError | None:
