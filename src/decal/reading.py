@@ -11,7 +11,7 @@ from typing import Any
 
 from decal.errors import DecalError
 
-LONGEST = 100  # characters of another library's complaint, so that the line with it fits a terminal
+LONGEST = 90  # characters of another library's complaint, so that the line with it fits a terminal
 
 
 @contextmanager
@@ -32,12 +32,16 @@ def reading(what: str, place: object, *, fix: str, kind: type[DecalError] = Deca
 
 
 def because(error: BaseException) -> str:
-    """Return another library's error as one short line: its kind and the first line that says something."""
-    said = (line.strip() for line in re.sub(r"\x1b\[[0-9;]*m", "", str(error)).splitlines())
-    text = next((line for line in said if line), "")
-    text = "".join(letter if letter.isprintable() else "?" for letter in text).rstrip(".:")
-    text = text if len(text) <= LONGEST else f"{text[:LONGEST].rstrip()} ..."
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+    """Return another library's error as one short line: its kind and the beginning of what it says."""
+    text = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
+    return one_line(f"{type(error).__name__}: {text}", LONGEST).rstrip(".: ")
+
+
+def one_line(text: str, longest: int) -> str:
+    """Return a text of unknown origin so that it can stand in an error: one line, cut, nothing that moves a cursor."""
+    line = " ".join(text[: 4 * longest].split())
+    line = "".join(letter if letter.isprintable() else "?" for letter in line)
+    return line if len(line) <= longest else f"{line[:longest].rstrip()} ..."
 
 
 def read_json(file: Path) -> Any:
@@ -60,4 +64,3 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = next(name for name in names if names.count(name) > 1)
         raise ValueError(f"the key {twice[:40]!r} stands twice")
     return found
-

@@ -11,8 +11,8 @@ import yaml
 
 Damage = Callable[[bytes, random.Random], bytes]
 VALUES: tuple[Any, ...] = (
-    None, True, False, 0, -1, 1, 3, 10**30, -(10**30), 1e308, 0.5, "", "16", "text", "\0", "é" * 300, [], {}, [[]], [None],
-    ["text", 3], {"a": 1}, [{"a": []}],
+    None, True, False, 0, -1, 1, 3, 10**30, -(10**30), 1e308, 0.5, "", "16", "text", "\0", "é" * 300, [], {}, [[]],
+    [None], ["text", 3], {"a": 1}, [{"a": []}],
 )  # fmt: skip
 
 

@@ -188,7 +188,11 @@ def data(folder: Path) -> list[Target]:
 
     return [
         Target(
-            group="data", file=place / f"rows.{name}", kind=kind, read=reader(place / f"rows.{name}"), meant=as_read(name)
+            group="data",
+            file=place / f"rows.{name}",
+            kind=kind,
+            read=reader(place / f"rows.{name}"),
+            meant=as_read(name),
         )
         for name, kind in DATA.items()
     ]

@@ -33,10 +33,9 @@ def work(path: Path) -> None:
             (folder / "weights").write_bytes(str(step).encode() * 1000)
             rundir.write_json(folder / "part" / "state.json", {"step": step})
         run.prune(keep=1, best=2)
-    with rundir.new_folder(run.adapter) as folder:
-        with rundir.together(folder, ("weights", "settings")) as new:
-            rundir.write_bytes(new / "weights", b"of the adapter")
-            rundir.write_bytes(new / "settings", b"its settings")
+    with rundir.new_folder(run.adapter) as folder, rundir.together(folder, ("weights", "settings")) as new:
+        rundir.write_bytes(new / "weights", b"of the adapter")
+        rundir.write_bytes(new / "settings", b"its settings")
     run.write_manifest({"outcome": 1})
 
 

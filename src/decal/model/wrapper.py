@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
-from decal.errors import AdapterError, DecalError, Unsupported
 from decal import rundir
+from decal.errors import AdapterError, DecalError, Unsupported
 from decal.files import hub, peft_files, sealed
 from decal.layers.adapted import Adapted
 from decal.layers.coded import uncounted

@@ -104,7 +104,7 @@ def check(folder: Path) -> None:
 def _refuse_altered(folder: Path) -> None:
     found = rundir.altered(folder, (TRAINABLE, OPTIMIZER, RNG, STATE))
     if found is not None:
-        raise _damaged(*found)
+        raise _damaged(folder, *found)
 
 
 def load(folder: Path, training: Training) -> None:
@@ -129,11 +129,10 @@ def _reading(file: Path) -> Iterator[None]:
     except DecalError:
         raise
     except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise _damaged(file, because(error)) from None
+        raise _damaged(file.parent, file, because(error)) from None
 
 
-def _damaged(file: Path, why: str) -> RunError:
-    folder = file.parent
+def _damaged(folder: Path, file: Path, why: str) -> RunError:
     step, whole = rundir.step_of(folder), rundir.RunDir(folder.parent.parent).checkpoints()
     older = [path.name for path in whole if rundir.step_of(path) < step]
     later = [path.name for path in whole if rundir.step_of(path) > step]  # --resume would take the last of them
