@@ -27,6 +27,9 @@ NAMED = re.compile(r"step-\d+")  # the folders among the checkpoints that are an
 COMPLETE = "complete.json"  # written last into a checkpoint; a folder without it is never resumed from
 
 
+REMAKE = "Delete it: --resume writes it anew, but cannot tell then whether data and settings are still the same."
+
+
 class NotWritten(RunError):
     """A disk is full, read-only or gone; `reason` is what the system says."""
 
@@ -180,9 +183,9 @@ def altered(folder: Path, names: Iterable[str]) -> tuple[Path, str] | None:
     """
     try:
         said = read_json(folder / COMPLETE)
-        files = {name: (facts["bytes"], facts["sha256"]) for name, facts in said["files"].items()}
+        files = {name: (int(facts["bytes"]), str(facts["sha256"])) for name, facts in said["files"].items()}
         if said["step"] != step_of(folder):
-            raise ValueError(f"of step {said['step']}")
+            raise ValueError("it is of another step")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return folder / COMPLETE, because(error)
     now = contents(folder)
@@ -309,8 +312,7 @@ class RunDir:
     def manifest(self) -> dict[str, Any]:
         """Return what the run says of itself. Raises RunError if the file is damaged."""
         file = self.path / MANIFEST
-        fix = "Delete it: --resume writes it anew, but cannot tell then whether the data are still the same."
-        with reading(f"{MANIFEST} is damaged", file, fix=fix, kind=RunError):
+        with reading(f"{MANIFEST} is damaged", file, fix=REMAKE, kind=RunError):
             value: dict[str, Any] = read_json(file)
             if not re.fullmatch("[0-9a-f]{64}", value["data"]["digest"]):
                 raise ValueError("the digest of the data is none")

@@ -62,6 +62,8 @@ def read(folder: Path) -> Seal:
     try:
         facts = json.loads(file.read_text(encoding="utf-8"))
         settings, base = facts["quantize"], facts["base_fingerprint"]
+        if not isinstance(base, (str, type(None))):
+            raise TypeError
         return Seal(quantize=None if settings is None else QuantConfig(**settings), base_fingerprint=base)
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise AdapterError("the adapter's seal is damaged", got=file, fix="Copy the adapter again.") from None
