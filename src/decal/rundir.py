@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from decal.errors import RunError
-from decal.reading import because, parse_json, read_json, reading
+from decal.reading import because, one_line, parse_json, read_json, reading
 
 RUN, MANIFEST, EVENTS, CHECKPOINTS = "run.yaml", "manifest.json", "events.jsonl", "checkpoints"
 ADAPTER, MODEL = "adapter", "model"
@@ -257,22 +257,23 @@ class RunDir:
                     made.append(folder)
             with tempfile.TemporaryFile(dir=self.path):
                 pass
-        except OSError as error:
+        except (OSError, ValueError) as error:  # ValueError: a name that holds a NUL
             raise self._unusable(error) from None
         finally:
             with suppress(OSError):  # another process has put something there meanwhile
                 for folder in reversed(made):
                     folder.rmdir()
 
-    def _unusable(self, error: OSError) -> RunError:
+    def _unusable(self, error: OSError | ValueError) -> RunError:
         files = [path for path in (self.path, *self.path.parents) if os.path.isfile(path)]
+        reason = getattr(error, "strerror", None) or error
         if files:
             return RunError(
                 "a file lies where the output folder should be", got=files[0], fix="Choose another --output."
             )
         return RunError(
-            f"the output folder cannot be made or written to ({error.strerror or error})",
-            got=self.path,
+            f"the output folder cannot be made or written to ({reason})",
+            got=one_line(str(self.path), 120),
             fix="Choose another --output, in a folder that you may write to.",
         )
 

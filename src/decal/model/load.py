@@ -25,7 +25,7 @@ from decal import locate
 from decal.errors import ConfigError, DecalError, Unsupported
 from decal.files import checkpoint, sealed
 from decal.layers.dense import SIXTEEN_BIT, WIDE, widened
-from decal.model import quantized, quantizer, streamed
+from decal.model import devices, quantized, quantizer, streamed
 from decal.model.inject import place
 from decal.model.targets import HEADS
 from decal.reading import read_json, reading
@@ -75,6 +75,7 @@ def load_model(
         raise DecalError(f"decal does not load models for {task}", fix="Use TaskType.CAUSAL_LM or SEQ_CLS.")
     path = locate.folder(name, kind="model", revision=revision)
     _refuse_non_model(path)
+    target = devices.named(device or default_device(), fix="Use cpu, cuda or cuda:1.")
     wanted = dtype if dtype is not None else torch_dtype
     config = _config(path)
     if num_labels is not None:
@@ -83,7 +84,6 @@ def load_model(
     with _loading(path):
         in_files = streamed.weights(path, _empty(CLASSES[task], config)) if stream else None
     extra = quantizer.arguments(path, config, settings, observe, in_files)
-    target = torch.device(device or default_device())
     if extra and device_map is None and target.type != "cpu":
         device_map = {"": target}  # each tensor is encoded on the card
     if device_map is not None:
