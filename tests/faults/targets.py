@@ -13,8 +13,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow
-import pyarrow.parquet
+import pyarrow  # type: ignore[import-untyped]  # it brings no types
+import pyarrow.parquet  # type: ignore[import-untyped]
 import torch
 import yaml
 from torch import Tensor

@@ -89,9 +89,9 @@ def jobs(files: Path) -> dict[str, Job]:
             load_model(place / "out", device="cpu")
             shutil.rmtree(place / "out")
 
-    def save(place: Path) -> object:
+    def save(place: Path) -> None:
         wrapped = PeftModel(load_model(model, device="cpu"), LoraConfig(r=2, init_lora_weights=False))
-        return wrapped.save_pretrained(place / "out")
+        wrapped.save_pretrained(place / "out")
 
     def old_or_new(place: Path) -> None:
         """The old adapter whole, the new one whole, or a refusal; never one's factors under the other's settings."""

@@ -44,7 +44,7 @@ def in_child(path: Path, kill_before: int | None) -> bool:
     child = os.fork()
     if child == 0:
         try:
-            os.fsync = lambda _: None  # it guards against a power cut, which nobody can stage here, and takes long
+            os.fsync = lambda fd: None  # it guards against a power cut, which nobody can stage here, and takes long
             with seen(path, lambda number, _: os.kill(os.getpid(), signal.SIGKILL) if number == kill_before else None):
                 work(path)
         except BaseException:
