@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -75,7 +76,7 @@ def faults(site: Site) -> list[str]:
         found.append(f"the fix is a sentence, this a clause: {site.what}")
     if site.fix is not None and not site.fix.endswith((".", "}", "?", "--help")):
         found.append(f"no sentence, and nothing to copy: {site.fix}")
-    if site.fix is not None and not (site.fix[0].isupper() or site.fix.startswith(("{", "decal "))):
+    if site.fix is not None and not re.match(r"[A-Z{]|decal |\w+\(", site.fix):  # or a command, or a call
         found.append(f"a sentence begins with a capital: {site.fix}")
     return [f"{site.where}: {fault}" for fault in found]
 

@@ -112,12 +112,10 @@ def match(expected: Iterable[str], given: Mapping[str, Tensor], *, where: str) -
     missing, extra = sorted(wanted - have), sorted(have - wanted)
     if not (missing or extra):
         return
+    lack = f"{len(missing)} missing, such as {one_line(missing[0], 60)!r}" if missing else ""
+    surplus = f"{len(extra)} that the model has no place for, such as {one_line(extra[0], 60)!r}" if extra else ""
     raise AdapterError(
-        f"the tensors of {where} do not fit: {len(missing)} missing, {len(extra)} that the model has no place for",
-        got="; ".join(
-            f"{kind} {one_line(names[0], 56)!r}"
-            for kind, names in (("missing", missing), ("no place for", extra))
-            if names
-        ),
+        f"the tensors of {where} do not fit: {lack or surplus}",
+        got=surplus if lack and surplus else None,
         fix="Load the adapter on the model that it was trained on. Run: decal inspect ADAPTER.",
     )
