@@ -16,6 +16,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from decal.errors import ConfigError, DecalError, nearest
+from decal.reading import because, one_line
 
 AT = "{at}"  # in the texts of a SettingError: where the group lies, such as `train.`
 
@@ -102,7 +103,8 @@ def config_error(error: ValidationError, model: type[BaseModel]) -> DecalError:
     known = sorted(model.model_fields)
     if fault["type"] == "extra_forbidden":
         near = nearest(str(name), known).replace("'", f"'{AT}", 1)
-        return SettingError(f"unknown setting '{AT}{name}'{near}", fix=f"Known here: {', '.join(known)}.")
+        fix = "Correct the name." if near else f"Known here: {some(known)}."
+        return SettingError(f"unknown setting '{AT}{one_line(str(name), 40)}'{near}", fix=fix)
     if fault["type"] == "missing" and not rest:
         return SettingError(f"the setting '{AT}{name}' is missing", fix=f"Give {AT}{name}.")
     field = model.model_fields[str(name)]
@@ -117,13 +119,22 @@ def config_error(error: ValidationError, model: type[BaseModel]) -> DecalError:
     return SettingError(f"'{here}' must be {wanted}{_near(fault)}", got=_shown(fault["input"]), fix=f"Correct {here}.")
 
 
+def some(names: Sequence[str], room: int = 70) -> str:
+    """Return as many of the names as a line has room for, and how many more there are."""
+    shown = list(names)
+    while len(", ".join(shown)) > room:
+        shown.pop()
+    left = len(names) - len(shown)
+    return ", ".join(shown) + (f" and {left} more (docs/settings.md)" if left else "")
+
+
 def a_section(name: str, group: type[BaseModel], *, got: object) -> SettingError:
     """Return the error for a value that was given to a whole group of settings."""
     known = list(group.model_fields)
     return SettingError(
         f"'{AT}{name}' is a section of settings, not one value",
         got=_shown(got),
-        fix=f"Set what is in it, such as {AT}{name}.{known[0]}. Known there: {', '.join(sorted(known))}.",
+        fix=f"Set what is in it, such as {AT}{name}.{known[0]}. Known there: {some(sorted(known))}.",
     )
 
 
@@ -211,11 +222,13 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ConfigError("no such settings file", got=path, fix="Give a YAML file, or --model and --data.")
     try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or a date that is none
+        loaded = yaml.load(path.read_text(encoding="utf-8"), Loader=_Once)
+    except OSError as error:
+        raise ConfigError(f"the settings cannot be read ({because(error)})", got=path, fix="Check the file.") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, or a date that is none
         mark = getattr(error, "problem_mark", None)
         where = "" if mark is None else f", line {mark.line + 1}, column {mark.column + 1}"
-        why = getattr(error, "problem", None) or str(error).splitlines()[0]
+        why = one_line(getattr(error, "problem", None) or str(error), 80)
         fix = "Correct the file; put texts that hold any of { [ : # in quotes."
         raise ConfigError(f"{path}{where} is not YAML: {why}", fix=fix) from None
     if not isinstance(loaded, dict):
@@ -224,6 +237,18 @@ def read_yaml(path: Path) -> dict[str, Any]:
         )
     named: dict[str, Any] = _named(loaded)
     return named
+
+
+class _Once(yaml.SafeLoader):
+    """YAML in which a key that stands twice is a fault: which of its values was meant cannot be told."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and names.count(key.value) > 1:
+                what = f"{one_line(key.value, 40)!r} stands twice"
+                raise yaml.constructor.ConstructorError(None, None, what, key.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 def _named(value: Any) -> Any:

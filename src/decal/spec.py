@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -19,6 +18,7 @@ from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, model_v
 
 from decal import locate
 from decal.errors import AdapterError, ConfigError, Unsupported
+from decal.reading import read_json, reading
 from decal.sections import DataConfig as DataConfig  # `as`: people import all settings from here
 from decal.sections import QuantConfig as QuantConfig
 from decal.sections import TrainConfig as TrainConfig
@@ -254,10 +254,8 @@ def read_adapter_config(path: Path) -> LoraConfig:
             got=f"{path} with {found}",
             fix="Give an adapter folder in PEFT's format.",
         )
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise AdapterError(f"{ADAPTER_CONFIG} is not JSON: {error}", got=file, fix="Save the adapter again.") from None
+    with reading(f"{ADAPTER_CONFIG} is not JSON", file, fix="Save the adapter again.", kind=AdapterError):
+        values = read_json(file)
     if not isinstance(values, dict):
         raise AdapterError(
             f"{ADAPTER_CONFIG} must hold an object", got=type(values).__name__, fix="Save the adapter again."

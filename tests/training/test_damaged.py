@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from decal.errors import RunError
 from decal.recipes.finetune import finetune
-from decal.rundir import RunDir
+from decal.rundir import RunDir, contents
 from decal.training import state
 from tests.training.test_resume import Crash, assert_same, at, crash
 from tests.training.tiny_run import config, make_files
@@ -158,3 +158,38 @@ def test_a_damaged_line_of_events_is_named(crashed: Path, tmp_path: Path) -> Non
     (run / "events.jsonl").write_text("\n".join([lines[0], lines[1][:9], *lines[2:]]))
     with pytest.raises(RunError, match=r"line 2 of events\.jsonl is damaged.*Delete that line"):
         RunDir(run).events()
+
+
+def flip(file: Path) -> None:
+    """One bit of the last byte: of a tensor's value, which no format notices."""
+    data = file.read_bytes()
+    file.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+
+
+@pytest.mark.parametrize("name", ["trainable.safetensors", "optimizer.safetensors", "rng.safetensors"])
+def test_one_flipped_bit_of_a_tensor_is_seen(crashed: Path, tmp_path: Path, name: str) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(crashed, run)
+    flip(run / "checkpoints" / "step-4" / name)
+    with pytest.raises(RunError, match=rf"{name} of the checkpoint step-4 .* \(other bytes than were written\)"):
+        finetune(config(crashed.parent, output=str(run)), resume=True)
+
+
+def test_the_best_checkpoint_is_looked_at_before_the_run_goes_on(crashed: Path, folder: Path, tmp_path: Path) -> None:
+    """Its weights are wanted at the end; that they are damaged is said hours before."""
+    run = tmp_path / "run"
+    shutil.copytree(crashed, run)
+    last = run / "checkpoints" / "step-4"
+    values = json.loads((last / "state.json").read_text())
+    values["progress"]["best_step"] = 3
+    (last / "state.json").write_text(json.dumps(values))
+    (last / "complete.json").write_text(json.dumps({"step": 4, "files": listed(last)}))
+    flip(run / "checkpoints" / "step-3" / "trainable.safetensors")
+    with pytest.raises(RunError, match=r"checkpoint step-3 is damaged.*Delete step-3 and step-4"):
+        finetune(config(crashed.parent, output=str(run)), resume=True)
+
+
+def listed(checkpoint: Path) -> dict[str, Any]:
+    """Return what complete.json lists, anew."""
+    (checkpoint / "complete.json").unlink()
+    return contents(checkpoint)

@@ -317,3 +317,13 @@ def test_sigkill_resumes_bit_for_bit(folder: Path, when: int, tmp_path: Path) ->
     assert run("start", when) == -signal.SIGKILL
     assert run("resume", 0) == 0
     assert_same(Path(settings.output), folder / "whole")
+
+
+def test_a_run_yaml_that_was_changed_since_is_refused(folder: Path) -> None:
+    """It is what people resume with, so it agrees with itself; the manifest says what the run began with."""
+    with pytest.raises(Crash):
+        finetune(config(folder, output="edited"), on_event=at(5, crash))
+    file = folder / "edited" / "run.yaml"
+    file.write_text(file.read_text().replace("lr: 0.03", "lr: 0.04"))
+    with pytest.raises(RunError, match=r"train\.lr has changed.*0\.03 then, 0\.04 now"):
+        finetune(config(folder, output="edited", lr=0.04), resume=True)

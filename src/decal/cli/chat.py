@@ -25,9 +25,9 @@ def chat(
         str | None, typer.Option("--model", "-m", help="Base model (default: the one that the adapter names).")
     ] = None,
     system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest reply.")] = 256,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest reply, in tokens.", min=1)] = 256,
     temperature: Annotated[float, typer.Option(help="0 is greedy.", min=0.0)] = 0.0,
-    seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of the draws.", min=0, max=2**63 - 1)] = 0,
     device: Annotated[str | None, typer.Option(help="cpu, cuda (default: cuda if there is one).")] = None,
 ) -> None:
     """Talk with a model over several turns. Piped in, each line is one turn, and only the replies are printed."""

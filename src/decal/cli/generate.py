@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -14,6 +13,7 @@ from rich.text import Text
 
 from decal.cli import console
 from decal.errors import DataError, DecalError
+from decal.reading import parse_json, reading
 
 if TYPE_CHECKING:
     from decal.recipes.compare import Variants
@@ -44,12 +44,12 @@ def generate(
     raw: Annotated[
         bool, typer.Option("--raw", help="Go on with the text as it is, without the chat template.")
     ] = False,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest reply.")] = 128,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest reply, in tokens.", min=1)] = 128,
     temperature: Annotated[float, typer.Option(help="0 is greedy.", min=0.0)] = 0.0,
     top_p: Annotated[
         float, typer.Option(help="Nucleus of the probability that is drawn from.", min=0.0, max=1.0)
     ] = 1.0,
-    seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of the draws.", min=0, max=2**63 - 1)] = 0,
     device: Annotated[str | None, typer.Option(help="cpu, cuda (default: cuda if there is one).")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the replies as JSON.")] = False,
 ) -> None:
@@ -124,7 +124,8 @@ def read_questions(prompts: list[str], file: str | None) -> list[str]:
 def read(path: Path) -> str:
     if not path.is_file():
         raise DataError("no such prompt file", got=path, fix="Check the path.")
-    return path.read_text(encoding="utf-8")
+    with reading("the prompt file cannot be read", path, fix="Save it as UTF-8 text.", kind=DataError):
+        return path.read_text(encoding="utf-8")
 
 
 def from_lines(text: str) -> list[str]:
@@ -137,12 +138,15 @@ def one_line(line: str, number: int) -> str:
     if not line.lstrip().startswith("{"):
         return line
     try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
+        row = parse_json(line)
+    except ValueError as error:
         raise DataError(f"line {number} is not JSON: {error}", fix="Correct it, or give plain text.") from None
     if isinstance(row.get("prompt"), str):
         return str(row["prompt"])
-    said = [m.get("content") for m in row.get("messages") or [] if isinstance(m, dict) and m.get("role") == "user"]
+    messages = row.get("messages") if isinstance(row.get("messages"), list) else []
+    said = [m.get("content") for m in messages if isinstance(m, dict) and m.get("role") == "user"]
     if said and isinstance(said[0], str):
         return said[0]
-    raise DataError(f"line {number} holds neither a prompt nor messages", got=sorted(row), fix="Correct the row.")
+    raise DataError(
+        f"line {number} holds neither a prompt nor messages", got=", ".join(sorted(row))[:120], fix="Correct the row."
+    )

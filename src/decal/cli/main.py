@@ -27,6 +27,7 @@ from decal.cli import (
     verify,
 )
 from decal.errors import DecalError, nearest
+from decal.reading import because, one_line
 
 INTERRUPTED = 128 + signal.SIGINT
 COMMANDS = {  # with what the list of commands says of each, in that order
@@ -87,6 +88,7 @@ def run(words: Sequence[str], *, debug: bool) -> int:
     """Run one command and return its exit code; every error becomes a few lines on stderr."""
     try:
         code = app(list(words) or ["--help"], prog_name="decal", standalone_mode=False)
+        sys.stdout.flush()  # what fails there fails here, where it can be said
         return code if isinstance(code, int) else 0
     except DecalError as error:
         if debug:
@@ -100,8 +102,15 @@ def run(words: Sequence[str], *, debug: bool) -> int:
         console.note("stopped", style=None)
         return INTERRUPTED
     except BrokenPipeError:  # `decal ... | head`: the reader has gone, and that is no error
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        forget_output()
         return 0
+    except OSError as error:  # a path that cannot be, a file that may not be read, a full disk under the output
+        if debug:
+            traceback.print_exc()
+        console.show_error(path_error(error))
+        if error.filename is None:
+            forget_output()
+        return 2
     except Exception as error:
         if hasattr(error, "format_message"):  # typer's own: a wrong option, a missing argument
             console.show_error(usage_error(error))
@@ -110,6 +119,11 @@ def run(words: Sequence[str], *, debug: bool) -> int:
             traceback.print_exc()
         console.show_error(other_error(error))
         return 1
+
+
+def forget_output() -> None:
+    """Send what is left of the results nowhere: Python would try to write it once more as it ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def usage_error(error: Exception) -> DecalError:
@@ -124,9 +138,18 @@ def usage_error(error: Exception) -> DecalError:
     return DecalError(what[:1].lower() + what[1:], fix=f"See: {path} --help")
 
 
+def path_error(error: OSError) -> DecalError:
+    """Return what the system said of a file, or of the place where the results go."""
+    name = "" if error.filename is None else one_line(str(error.filename), 100)
+    reason = error.strerror or because(error)
+    if not name:
+        return DecalError(f"the system refused: {reason}", fix="Make room, or look at where the output goes.")
+    return DecalError(f"a file cannot be used: {reason}", got=name, fix="Check the path, and what you may do there.")
+
+
 def other_error(error: Exception) -> DecalError:
     """Return what a person can do about an error that decal did not foresee."""
-    what = f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
+    what = because(error)
     if "out of memory" in str(error).lower() or isinstance(error, MemoryError):
         return DecalError(
             f"the machine ran out of memory ({what})",

@@ -24,6 +24,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from decal.data.shapes import Call, Chat, Turn
 from decal.errors import DataError
+from decal.reading import one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -131,7 +132,7 @@ class ChatFormat:
             )
         except TemplateSyntaxError as error:
             raise DataError(
-                f"the chat template is no Jinja: line {error.lineno}: {error.message}",
+                f"the chat template is no Jinja: line {error.lineno}: {one_line(str(error.message), 80)}",
                 got=self._name,
                 fix="Correct it, or give another data.chat_template.",
             ) from None
@@ -345,9 +346,8 @@ def _message(turn: Turn) -> Message:
 def _parting(text: str, part: str, count: int) -> DataError:
     at = len(_common(text, part))
     return DataError(
-        f"the chat template writes the first {count} messages otherwise within the whole conversation, so the reply "
-        f"cannot be found: alone {part[at : at + 40]!r}, whole {text[at : at + 40]!r}",
-        got=f"after {text[max(at - 60, 0) : at]!r}",
+        f"the chat template writes the first {count} messages otherwise within the whole, so no reply can be found",
+        got=f"after {text[max(at - 30, 0) : at]!r} alone {part[at : at + 30]!r}, whole {text[at : at + 30]!r}",
         fix="Use a template that marks replies with {% generation %}, or split the conversation.",
     )
 

@@ -22,6 +22,7 @@ from decal.data.cells import Call as Call
 from decal.data.cells import Row as Row
 from decal.data.cells import Turn as Turn
 from decal.errors import DataError, nearest
+from decal.reading import one_line
 
 LIST_COLUMNS = ("messages", "conversation", "conversations")
 ANSWERS, INPUTS = ("output", "response"), ("input", "context")
@@ -126,16 +127,16 @@ def _refuse_lists(row: Row, number: int) -> None:
 
 
 def _unknown(row: Row, what: str) -> DataError:
-    names = list(row)
+    names = [one_line(str(name), 24) for name in row]
     guess = f"{{{{{names[0]}}}}} -> {{{{{names[-1]}}}}}" if len(names) > 1 else "{{question}} -> {{answer}}"
     if {"chosen", "rejected"} <= set(names):
         fix = "These are preference pairs; decal trains on replies: keep the chosen ones as messages."
     else:
         fix = (
-            "Known: messages; conversations (from/value); prompt + completion; instruction (+ input) + output or "
-            f"response; text; or any columns with a template, such as template: {guess!r}."
+            "Known: messages; conversations; prompt + completion; instruction + output; text; or any columns with a "
+            f"template: {guess!r}."
         )
-    return DataError(what, got=f"columns {', '.join(names) or 'none'}", fix=fix)
+    return DataError(what, got=f"columns {one_line(', '.join(names), 120) or 'none'}", fix=fix)
 
 
 def _refuse_labels(row: Row) -> None:

@@ -209,7 +209,7 @@ def _reading(name: str) -> Iterator[None]:
         yield
     except DataError:
         raise
-    except (OSError, EOFError, ValueError, DatasetsError) as error:
+    except (*strict.UNREADABLE, ValueError, DatasetsError) as error:
         raise strict.unreadable(error, name) from error
 
 

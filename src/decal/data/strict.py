@@ -10,37 +10,46 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
 from decal.errors import DataError
+from decal.reading import because, one_line, parse_json
 
 Row = Mapping[str, Any]
+UNREADABLE = (OSError, EOFError, UnicodeDecodeError, zlib.error)  # what an open file raises; gzip has two more kinds
 OBJECT = 'Write each row as {"column": value, ...}.'
 
 
 def decode(line: str, files: tuple[Path, ...]) -> Row:
     """Return the row in one line of a JSON-lines file; a DataError names the line and shows where it breaks."""
     try:
-        row = json.loads(line.lstrip("\ufeff"))
+        row = parse_json(line.lstrip("\ufeff"))
     except json.JSONDecodeError as error:
         raise _broken_line(line, error, files) from None
+    except ValueError as error:
+        raise DataError(f"{_place(line, files)} cannot be understood: {error}", fix="Correct this line.") from None
     if not isinstance(row, dict):
         raise DataError(
             "each line must hold one JSON object",
-            got=f"{line.strip()[:60]} in {_place(line, files)}",
+            got=f"{one_line(line, 60)} in {_place(line, files)}",
             fix=OBJECT,
         )
     return row
 
 
 def _broken_line(line: str, error: json.JSONDecodeError, files: tuple[Path, ...]) -> DataError:
-    near = line[max(error.pos - 30, 0) : error.pos + 30]
     return DataError(
-        f"{_place(line, files)} is not JSON: {error.msg} at column {error.colno}, near {near!r}",
+        f"{_place(line, files)} is not JSON: {_fault(error)}",
         fix="Correct or delete this line: each line holds one whole JSON object (or the whole file is one array).",
     )
+
+
+def _fault(error: json.JSONDecodeError) -> str:
+    near = one_line(error.doc[max(error.pos - 30, 0) : error.pos + 30], 60)
+    return f"{error.msg.removesuffix(' at')} at column {error.colno}, near {near!r}"
 
 
 def _place(line: str, files: tuple[Path, ...]) -> str:
@@ -65,18 +74,19 @@ def read_arrays(files: Iterable[Path]) -> Iterator[Row]:
         with _opened(file) as handle:
             text = _text(handle, file)
         try:
-            rows = json.loads(text)
+            rows = parse_json(text)
         except json.JSONDecodeError as error:
             first = text.lstrip().partition("\n")[0].strip()
             if error.msg == "Extra data" and first.endswith("]"):  # no array of rows, but an array on each line
                 line = text[: text.index(first)].count("\n") + 1
-                got = f"{first[:60]} in {file}, line {line}"
+                got = f"{one_line(first, 60)} in {file}, line {line}"
                 raise DataError("each line must hold one JSON object", got=got, fix=OBJECT) from None
-            near = text[max(error.pos - 30, 0) : error.pos + 30]
             raise DataError(
-                f"{file}, line {error.lineno} is not JSON: {error.msg} at column {error.colno}, near {near!r}",
+                f"{file}, line {error.lineno} is not JSON: {_fault(error)}",
                 fix="Correct the file: it must hold an array of objects.",
             ) from None
+        except ValueError as error:
+            raise DataError(f"{file} cannot be understood: {error}", fix="Correct the file.") from None
         if not isinstance(rows, list):
             raise DataError("a JSON file must hold an array of objects", got=file, fix="Write it as [{...}, {...}].")
         for number, row in enumerate(rows, start=1):
@@ -111,18 +121,18 @@ def read_csv(files: Iterable[Path]) -> Iterator[Row]:
                 raise DataError(
                     f"{file}, line {reader.line_num} is not CSV: {error}", fix="Correct or delete this line."
                 ) from None
-            except (OSError, EOFError, UnicodeDecodeError) as error:
+            except UNREADABLE as error:
                 raise unreadable(error, str(file)) from error
 
 
 def unreadable(error: BaseException, name: str) -> DataError:
     """Return the DataError for data that could not be read at all."""
     cause = error.__cause__ or error
-    reason = (str(cause).strip() or type(cause).__name__).splitlines()[0]
     if isinstance(cause, UnicodeDecodeError):
-        return DataError(f"the data is not UTF-8 text: {reason}", got=name, fix="Save the file as UTF-8.")
+        why = f"{cause.reason} at byte {cause.start}"
+        return DataError(f"the data is not UTF-8 text: {why}", got=name, fix="Save the file as UTF-8.")
     return DataError(
-        f"the data set cannot be read ({type(cause).__name__}: {reason})",
+        f"the data set cannot be read ({because(cause)})",
         got=name,
         fix="Check the name, the split and the network (HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE=1 apply).",
     )
@@ -137,5 +147,5 @@ def _opened(file: Path) -> TextIO:
 def _text(handle: TextIO, file: Path, size: int = -1) -> str:
     try:
         return handle.read(size)
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+    except UNREADABLE as error:
         raise unreadable(error, str(file)) from error

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from decal import rundir
 from decal.errors import DecalError
+from decal.reading import because, read_json
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD = 2 << 30  # bytes of tensors in one file
@@ -47,14 +48,17 @@ class Checkpoint:
 def _file_of(folder: Path) -> dict[str, Path]:
     try:
         if (folder / INDEX).is_file():
-            weights = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
+            weights = read_json(folder / INDEX)["weight_map"]
             return {key: _present(folder / name) for key, name in weights.items()}
         if not (folder / WEIGHTS).is_file():
             return {}
         with safe_open(folder / WEIGHTS, framework="pt") as file:
             return dict.fromkeys(file.keys(), folder / WEIGHTS)
+    except DecalError:
+        raise
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DecalError(f"the checkpoint is damaged ({error})", got=folder, fix="Download it again.") from None
+        place = folder / (INDEX if (folder / INDEX).is_file() else WEIGHTS)
+        raise DecalError(f"the checkpoint is damaged ({because(error)})", got=place, fix="Download it again.") from None
 
 
 def _present(file: Path) -> Path:

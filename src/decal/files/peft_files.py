@@ -16,7 +16,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 from decal import rundir
-from decal.errors import AdapterError, nearest
+from decal.errors import AdapterError
+from decal.reading import because, one_line
 from decal.spec import ADAPTER_CONFIG, LoraConfig, read_adapter_config
 
 WEIGHTS = "adapter_model.safetensors"
@@ -82,7 +83,7 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
             tensors = {key.removeprefix(PREFIX): handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise AdapterError(
-            f"{WEIGHTS} is damaged or cut short ({error})", got=file, fix="Copy or download the file again."
+            f"{WEIGHTS} is damaged or cut short ({because(error)})", got=file, fix="Copy or download the file again."
         ) from None
     if odd := of_other_dtype(tensors):
         raise AdapterError(
@@ -129,12 +130,10 @@ def match(expected: Iterable[str], given: Mapping[str, Tensor], *, where: str) -
     missing, extra = sorted(wanted - have), sorted(have - wanted)
     if not (missing or extra):
         return
-    parts = []
-    if missing:
-        parts.append(f"{len(missing)} missing, such as {missing[0]!r}{nearest(missing[0], extra)}")
-    if extra:
-        parts.append(f"{len(extra)} that the model has no place for, such as {extra[0]!r}")
+    lack = f"{len(missing)} missing, such as {one_line(missing[0], 60)!r}" if missing else ""
+    surplus = f"{len(extra)} that the model has no place for, such as {one_line(extra[0], 60)!r}" if extra else ""
     raise AdapterError(
-        f"the tensors of {where} do not fit: {'; '.join(parts)}",
+        f"the tensors of {where} do not fit: {lack or surplus}",
+        got=surplus if lack and surplus else None,
         fix="Load the adapter on the model that it was trained on. Run: decal inspect ADAPTER.",
     )

@@ -141,6 +141,8 @@ def _newer(file: Path, version: int) -> AdapterError:
 def _seal(facts: dict[str, Any]) -> Seal:
     """Return the seal that a file's values mean; those of version 1 are the first two."""
     settings, reference = facts["quantize"], facts.get("reference")
+    if not isinstance(facts["base_fingerprint"], (str, type(None))):
+        raise TypeError
     if reference is not None:
         answers = tuple(Answer(**{k: _frozen(v) for k, v in answer.items()}) for answer in reference["answers"])
         reference = Reference(**{**reference, "answers": answers})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,11 +25,14 @@ from decal import locate
 from decal.errors import ConfigError, DecalError, Unsupported
 from decal.files import checkpoint, sealed
 from decal.layers.dense import SIXTEEN_BIT, WIDE, widened
-from decal.model import quantized, quantizer, sealing, streamed
+from decal.model import devices, quantized, quantizer, sealing, streamed
 from decal.model.inject import place
 from decal.model.targets import HEADS
+from decal.reading import read_json, reading
 from decal.spec import QuantConfig, TaskType
 
+AGAIN = "Download or copy the model again."
+MOST_LAYERS = 10_000  # of a model; the deepest known ones have a few hundred
 CLASSES = {TaskType.CAUSAL_LM: AutoModelForCausalLM, TaskType.SEQ_CLS: AutoModelForSequenceClassification}
 MAPPINGS = {
     TaskType.CAUSAL_LM: MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -71,21 +75,23 @@ def load_model(
         raise DecalError(f"decal does not load models for {task}", fix="Use TaskType.CAUSAL_LM or SEQ_CLS.")
     path = locate.folder(name, kind="model", revision=revision)
     _refuse_non_model(path)
+    target = devices.named(device or default_device(), fix="Use cpu, cuda or cuda:1.")
     wanted = dtype if dtype is not None else torch_dtype
-    config = AutoConfig.from_pretrained(path, local_files_only=True)
+    config = _config(path)
     if num_labels is not None:
         config.num_labels = num_labels
     settings = quant_settings(quantize, double_quant, quantization_config)
-    in_files = streamed.weights(path, _empty(CLASSES[task], config)) if stream else None
+    with _loading(path):
+        in_files = streamed.weights(path, _empty(CLASSES[task], config)) if stream else None
     extra = quantizer.arguments(path, config, settings, observe, in_files)
-    target = torch.device(device or default_device())
     if extra and device_map is None and target.type != "cpu":
         device_map = {"": target}  # each tensor is encoded on the card
     if device_map is not None:
         extra["device_map"] = device_map
     if attn_implementation is not None:
         extra["attn_implementation"] = attn_implementation
-    model = _read(path, config, task, "auto" if wanted is None else named_dtype(wanted), extra)
+    with _loading(path):
+        model = _read(path, config, task, "auto" if wanted is None else named_dtype(wanted), extra)
     model.seal = sealed.Seal(  # goes into adapters
         base_config=sealing.config_of(model),
         quantize=settings,
@@ -100,6 +106,26 @@ def load_model(
         compute_in_fp32(model)
     loaded: nn.Module = model.eval()
     return loaded
+
+
+def _config(path: Path) -> Any:
+    """Return a model's configuration. Raises DecalError that names the damaged one of its JSON files."""
+    checkpoint.Checkpoint(path)  # looks at the index
+    for name in ("config.json", "generation_config.json"):
+        if (path / name).is_file():
+            with reading(f"{name} is damaged", path / name, fix=AGAIN):
+                if not isinstance(read_json(path / name), dict):
+                    raise ValueError("it holds no object")
+    with reading("config.json describes no model that transformers knows", path / "config.json", fix=AGAIN):
+        config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
+        if isinstance(layers, int) and layers > MOST_LAYERS:  # which would be built one by one, for hours
+            raise ValueError(f"{layers} layers")
+        return config
+
+
+def _loading(path: Path) -> AbstractContextManager[None]:
+    return reading("the model cannot be loaded", path, fix=f"Check that config.json is this model's. {AGAIN}")
 
 
 def _read(path: Path, config: Any, task: TaskType, dtype: str | torch.dtype, extra: dict[str, Any]) -> Any:
@@ -180,22 +206,24 @@ def _forget_quantizer(model: Any) -> None:
 def load_tokenizer(name: str | os.PathLike[str], *, revision: str | None = None) -> Any:
     """Return the tokenizer of the model (or adapter) `name`, a folder or a hub id."""
     path = locate.folder(name, kind="model", revision=revision)
-    try:
-        return AutoTokenizer.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise DecalError(
-            f"no tokenizer could be loaded ({reason})",
-            got=path,
-            fix="The folder needs tokenizer.json and its settings.",
-        ) from None
+    settings = path / "tokenizer_config.json"
+    if settings.is_file():
+        with reading(f"{settings.name} is damaged", settings, fix=AGAIN):
+            read_json(settings)
+    with reading("no tokenizer could be loaded", path, fix="The folder needs tokenizer.json and its settings."):
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        if not isinstance(tokenizer.model_max_length, (int, float)):
+            raise TypeError(f"model_max_length is {tokenizer.model_max_length!r}")
+        return tokenizer
 
 
 def meta_model(name: str | os.PathLike[str], *, revision: str | None = None) -> nn.Module:
     """Return the causal model of a configuration without any weights, on the meta device; only it is downloaded."""
     path = locate.folder(name, kind="model", revision=revision, patterns=["config.json", "generation_config.json"])
     _refuse_non_model(path)
-    return _empty(AutoModelForCausalLM, AutoConfig.from_pretrained(path, local_files_only=True))
+    config = _config(path)
+    with _loading(path):
+        return _empty(AutoModelForCausalLM, config)
 
 
 def _empty(auto: Any, config: Any) -> nn.Module:

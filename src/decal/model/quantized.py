@@ -188,7 +188,9 @@ def save_pretrained(model: Any, save_directory: str | os.PathLike[str], **how: o
             got=", ".join(asked),
             fix="Call save_pretrained(folder) alone.",
         )
-    write(model, Path(save_directory))
+    folder = Path(save_directory)
+    with rundir.writing(folder):
+        write(model, folder)
 
 
 def dense_tensors(name: str, layer: CodedLinear) -> dict[str, Tensor]:

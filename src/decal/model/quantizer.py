@@ -190,9 +190,9 @@ def replace(model: Any, config: Quantization) -> None:
     if settings is not None and not settings.allow_dense and share > DENSE_SHARE:
         names = sorted(kept, key=lambda n: -kept[n])[:3]
         raise Unsupported(
-            f"{100 * share:.0f}% of the parameters beside the embeddings would stay wide: {', '.join(names)}, ...",
-            fix="They are named in quantize.skip, or the model's code uses them otherwise than as matrices of linear "
-            "layers or single experts. quantize.allow_dense=true goes on regardless.",
+            f"{100 * share:.0f}% of the parameters beside the embeddings would stay wide: {', '.join(names)}",
+            fix="They are in quantize.skip, or no matrices of linear layers or single experts to the model's code. "
+            "quantize.allow_dense=true goes on.",
         )
 
 

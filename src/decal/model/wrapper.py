@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
+from decal import rundir
 from decal.errors import AdapterError, DecalError, Unsupported
 from decal.files import hub, peft_files, sealed
 from decal.layers.adapted import Adapted
@@ -279,8 +280,9 @@ class PeftModel(nn.Module):
         for name in saved.selected(selected_adapters, self.peft_config):
             folder = Path(save_directory) if name == "default" else Path(save_directory) / name
             config = saved.config(self, name)
-            digest = peft_files.write(folder, config, saved.tensors(self, name))
-            sealed.write(folder, sealing.seal_of(self, name, config, tensors=digest))
+            with rundir.together(folder, (sealed.SEAL, *reversed(peft_files.PATTERNS))) as new:
+                digest = peft_files.write(new, config, saved.tensors(self, name))
+                sealed.write(new, sealing.seal_of(self, name, config, tensors=digest))
 
     def push_to_hub(
         self,

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from decal import rundir
@@ -200,14 +199,9 @@ def merge(
 def write(plain: Any, tokenizer: Any, out: Path) -> None:
     """Write model and tokenizer into the folder `out`, whole or not at all."""
     workspace.release()
-    try:
-        with rundir.new_folder(out) as new:
-            quantized.write(plain, new)
-            tokenizer.save_pretrained(new)
-    except (OSError, SafetensorError) as error:
-        raise RunError(
-            f"the merged model could not be written ({error})", got=out, fix="Make room; nothing was left behind."
-        ) from error
+    with rundir.new_folder(out) as new:
+        quantized.write(plain, new)
+        tokenizer.save_pretrained(new)
 
 
 def refuse_other_kind(adapter: str) -> None:

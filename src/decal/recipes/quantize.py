@@ -108,11 +108,6 @@ def quantize(model: str, out: Path | None, settings: QuantConfig, *, report: boo
         raise DecalError("nothing was quantised", got=model, fix="Give a checkpoint in 16 or 32 bits.")
     wide = [name for name, module in loaded.named_modules() if type(module) in quantized.LINEAR]
     wide += [name for name, parameter in loaded.named_parameters() if parameter.dim() == 3]
-    if out is not None:
-        tokenizer = load_tokenizer(model)
-        with rundir.new_folder(out) as new:
-            quantized.write(loaded, new)
-            tokenizer.save_pretrained(new)
     result = Quantized(
         path=out,
         format=settings.format,
@@ -124,9 +119,14 @@ def quantize(model: str, out: Path | None, settings: QuantConfig, *, report: boo
         bytes=sum(p.numel() * p.element_size() for p in loaded.parameters()),
         layers=_with_gain(found),
     )
-    if out is not None and report:
-        rundir.write_json(out / REPORT, quantization.facts(result))
-        rundir.write_bytes(out / PICTURE, quantization.picture(result).encode())
+    if out is not None:
+        tokenizer = load_tokenizer(model)
+        with rundir.new_folder(out) as new:
+            quantized.write(loaded, new)
+            tokenizer.save_pretrained(new)
+            if report:
+                rundir.write_json(new / REPORT, quantization.facts(result))
+                rundir.write_bytes(new / PICTURE, quantization.picture(result).encode())
     return result
 
 

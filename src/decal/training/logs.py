@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
-from decal.errors import ConfigError, RunError
-from decal.rundir import EVENTS, RunDir
+from decal.errors import ConfigError
+from decal.rundir import RunDir, writing
 from decal.spec import RunConfig
 
 Event = dict[str, Any]
@@ -33,15 +33,19 @@ class TensorBoard:
     def __init__(self, folder: Path, config: RunConfig) -> None:
         from torch.utils.tensorboard.writer import SummaryWriter
 
-        self._writer = SummaryWriter(str(folder / "tensorboard"))
-        self._writer.add_text("run.yaml", f"```\n{config.to_yaml()}\n```")
+        self._folder = folder / "tensorboard"
+        with writing(self._folder):
+            self._writer = SummaryWriter(str(self._folder))
+            self._writer.add_text("run.yaml", f"```\n{config.to_yaml()}\n```")
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        for name, value in values.items():
-            self._writer.add_scalar(name, value, step)
+        with writing(self._folder, fix="Make room, or take tensorboard out of train.log_to; then go on with --resume."):
+            for name, value in values.items():
+                self._writer.add_scalar(name, value, step)
 
     def close(self) -> None:
-        self._writer.close()
+        with writing(self._folder):
+            self._writer.close()
 
 
 class WandB:
@@ -110,14 +114,7 @@ class Report:
         self._run, self._writers, self._on_event = run, writers, on_event
 
     def __call__(self, kind: str, **fields: Any) -> Event:
-        try:
-            event = self._run.event(kind, **fields)
-        except OSError as error:
-            raise RunError(
-                f"{EVENTS} could not be written ({error})",
-                got=self._run.path,
-                fix="Make room, then go on with --resume.",
-            ) from error
+        event = self._run.event(kind, **fields)
         values = scalars(event)
         for writer in self._writers if values else ():
             writer.write(int(event["step"]), values)

@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 
 from decal.errors import ConfigError
+from decal.model import devices
 
 Name = Literal["auto", "fp32", "bf16", "fp16"]
 
@@ -60,10 +61,4 @@ def pick_device(name: str) -> torch.device:
     if name == "auto":
         accelerator = torch.accelerator.current_accelerator(check_available=True)
         return accelerator if accelerator is not None else torch.device("cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ConfigError("no such device", got=name, fix="Use train.device=auto, cpu, cuda or cuda:1.") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("this machine has no CUDA device", got=name, fix="Use train.device=auto.")
-    return device
+    return devices.named(name, fix="Use train.device=auto, cpu, cuda or cuda:1.")

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from decal.errors import RunError
-from decal.rundir import MANIFEST, RUN, RunDir, step_of
+from decal.errors import ConfigError, RunError
+from decal.reading import reading
+from decal.rundir import MANIFEST, REMAKE, RUN, RunDir, step_of
 from decal.spec import RunConfig, read_run_config
 from decal.training import state
 from decal.training.optim import PAGED
@@ -30,9 +31,9 @@ def starting_point(run: RunDir, config: RunConfig, *, resume: bool) -> Path | No
     if not run.holds_run():
         raise RunError("there is no run to resume here", got=run.path, fix="Start it without --resume.")
     check_same(read_run_config(run.path / RUN), config)
-    run.check_writable()
     if (run.path / MANIFEST).exists():
-        run.manifest()
+        check_same(begun_with(run), config)  # run.yaml is easily changed, and is what people resume with
+    run.check_writable()
     run.clean()
     whole = run.checkpoints()
     if whole:
@@ -49,6 +50,15 @@ def open_folder(
     else:
         run.claim(config.to_yaml())
     run.write_manifest(facts)
+
+
+def begun_with(run: RunDir) -> RunConfig:
+    """Return the settings that the run wrote down as it began. Raises RunError if they are damaged."""
+    with reading(f"the settings in {MANIFEST} are damaged", run.path / MANIFEST, fix=REMAKE, kind=RunError):
+        try:
+            return RunConfig(**run.manifest()["config"])
+        except ConfigError as error:
+            raise ValueError(error.what) from None
 
 
 def check_same(before: RunConfig, now: RunConfig) -> None:

@@ -7,12 +7,11 @@ A checkpoint folder holds
   rng.safetensors         the states of torch's generators: `cpu`, `cuda:0`, ...
   state.json              progress, data position, loss scale, and the states of `random` and numpy
   adapter/                the adapter in PEFT's format (method lora only; nothing here reads it back)
-  complete.json           written last, by RunDir
+  complete.json           the size and SHA-256 of each file; written last, by RunDir
 """
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -22,12 +21,13 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from decal import rundir
 from decal.errors import DecalError, RunError
+from decal.reading import because, read_json
 from decal.training.paged import Paged
 
 TRAINABLE, OPTIMIZER, RNG, STATE = "trainable.safetensors", "optimizer.safetensors", "rng.safetensors", "state.json"
@@ -78,10 +78,10 @@ def save(run: rundir.RunDir, training: Training, save_adapter: Callable[[Path], 
             rundir.write_json(folder / STATE, _state(training))
             if save_adapter is not None:
                 save_adapter(folder / rundir.ADAPTER)
-    except (OSError, SafetensorError) as error:
+    except rundir.NotWritten as error:
         whole = run.checkpoints()
         raise RunError(
-            f"the checkpoint of step {step} could not be written ({error})",
+            f"the checkpoint of step {step} could not be written ({error.reason})",
             got=run.path,
             fix=f"Make room, then go on with --resume from {whole[-1].name}."
             if whole
@@ -91,11 +91,20 @@ def save(run: rundir.RunDir, training: Training, save_adapter: Callable[[Path], 
 
 
 def check(folder: Path) -> None:
-    """Raise RunError for a checkpoint that cannot be gone on from, before anything else is read: heads, not tensors."""
-    for name in (TRAINABLE, OPTIMIZER, RNG):
-        with _reading(folder / name), safe_open(folder / name, framework="pt"):  # compares the size with the head's
-            pass
-    _read_state(folder)
+    """Raise RunError for a checkpoint that cannot be gone on from, before anything else is read.
+
+    Every byte of it is compared with what was written, and of the best one that `keep_best` will want.
+    """
+    _refuse_altered(folder)
+    best = _read_state(folder)["progress"]["best_step"]
+    if best is not None and best != rundir.step_of(folder):
+        _refuse_altered(folder.with_name(f"step-{best}"))
+
+
+def _refuse_altered(folder: Path) -> None:
+    found = rundir.altered(folder, (TRAINABLE, OPTIMIZER, RNG, STATE))
+    if found is not None:
+        raise _damaged(folder, *found)
 
 
 def load(folder: Path, training: Training) -> None:
@@ -120,16 +129,19 @@ def _reading(file: Path) -> Iterator[None]:
     except DecalError:
         raise
     except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        folder = file.parent
-        step, whole = rundir.step_of(folder), rundir.RunDir(folder.parent.parent).checkpoints()
-        older = [path.name for path in whole if rundir.step_of(path) < step]
-        later = [path.name for path in whole if rundir.step_of(path) > step]  # --resume would take the last of them
-        raise RunError(
-            f"{file.name} of the checkpoint {folder.name} is damaged or missing ({type(error).__name__}: {error})",
-            got=file,
-            fix=f"Delete {' and '.join([folder.name, *later])} in {folder.parent}, and --resume "
-            + (f"goes on from {older[-1]}." if older else "begins the run again: there is no older checkpoint."),
-        ) from None
+        raise _damaged(file.parent, file, because(error)) from None
+
+
+def _damaged(folder: Path, file: Path, why: str) -> RunError:
+    step, whole = rundir.step_of(folder), rundir.RunDir(folder.parent.parent).checkpoints()
+    older = [path.name for path in whole if rundir.step_of(path) < step]
+    later = [path.name for path in whole if rundir.step_of(path) > step]  # --resume would take the last of them
+    return RunError(
+        f"{file.name} of the checkpoint {folder.name} is damaged or missing ({why})",
+        got=file,
+        fix=f"Delete {' and '.join([folder.name, *later])} in {folder.parent}, and --resume "
+        + (f"goes on from {older[-1]}." if older else "begins the run again: there is no older checkpoint."),
+    )
 
 
 def _read_tensors(file: Path) -> dict[str, Tensor]:
@@ -139,7 +151,7 @@ def _read_tensors(file: Path) -> dict[str, Tensor]:
 
 def _read_state(folder: Path) -> dict[str, Any]:
     with _reading(folder / STATE):
-        state: dict[str, Any] = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        state: dict[str, Any] = read_json(folder / STATE)
         Progress(**state["progress"])
         if not all(isinstance(state[key], dict) for key in ("data", "scaler", "random")):
             raise TypeError("data, scaler and random must be objects")
@@ -174,7 +186,9 @@ def keep_best(run: rundir.RunDir, progress: Progress, model: nn.Module) -> int:
     """Give the model the weights of the best evaluation, if there was one; return the step whose weights it has."""
     kept = progress.step if progress.best_step is None else progress.best_step
     if kept != progress.step:
-        load_trainable(run.path / rundir.CHECKPOINTS / f"step-{kept}", model)
+        folder = run.path / rundir.CHECKPOINTS / f"step-{kept}"
+        _refuse_altered(folder)
+        load_trainable(folder, model)
     return kept
 
 
