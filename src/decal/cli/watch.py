@@ -58,6 +58,8 @@ class Watch:
             "step": self._step,
             "eval": self._evaluation,
             "note": self._note,
+            "advice": self._advice,
+            "stop": self._stop,
         }.get(event["kind"])
         if show is not None:
             show(event)
@@ -115,6 +117,17 @@ class Watch:
 
     def _note(self, event: dict[str, Any]) -> None:
         self._print(Text(f"note: {event['text']}", style="dim"))
+
+    def _advice(self, event: dict[str, Any]) -> None:
+        self._loud("advice", event["text"])
+
+    def _stop(self, event: dict[str, Any]) -> None:
+        self._loud(f"stopped at step {event['step']}", event["text"])
+
+    def _loud(self, word: str, text: str) -> None:
+        """What must not be overlooked, in a terminal broken between words."""
+        line = Text.assemble((f"{word}: ", "bold yellow"), (text, "yellow"))
+        self._console.print(line, soft_wrap=not self._console.is_terminal)
 
 
 def what_is_trained(config: RunConfig, manifest: dict[str, Any]) -> str:
