@@ -18,7 +18,7 @@ from typing import Any
 from decal.errors import RunError
 
 RUN, MANIFEST, EVENTS, CHECKPOINTS = "run.yaml", "manifest.json", "events.jsonl", "checkpoints"
-ADAPTER, MODEL = "adapter", "model"
+ADAPTER, MODEL, REPORT = "adapter", "model", "report.html"
 COMPLETE = "complete.json"  # written last into a checkpoint; a folder without it is never resumed from
 
 

@@ -12,13 +12,14 @@ from typing import Annotated
 import typer
 
 import decal
-from decal.cli import chat, console, generate, inspect, merge, params, quantize, quickstart, targets, train
+from decal.cli import chat, console, generate, inspect, merge, params, quantize, quickstart, report, targets, train
 from decal.errors import DecalError, nearest
 
 INTERRUPTED = 128 + signal.SIGINT
 COMMANDS = {  # with what the list of commands says of each, in that order
     quickstart: "See it work: fine-tune the bundled model in minutes.",
     train: "Fine-tune a model on your rows.",
+    report: "A run as one page: curves, data, advice.",
     generate: "Answer prompts; base and adapters side by side.",
     chat: "Talk with a model and its adapter.",
     merge: "Write base + adapter as one model, and measure it.",

@@ -177,6 +177,7 @@ def outcome(config: RunConfig, done: Finetuned, *, as_json: bool) -> None:
                 "eval_loss": done.eval_loss,
                 "trainable": done.trainable,
                 "seconds": done.seconds,
+                "stopped": done.stopped,
             }
         )
         return

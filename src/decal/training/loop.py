@@ -111,12 +111,12 @@ def train(
             _count(done, result, time.perf_counter() - clock)
             emit("step", **_fields(done, result, config.lr * share, todo, time.perf_counter() - clock))
             _advise(watch.step(done.step, result, share=share), done.step, emit)
-            if config.auto_stop and watch.diverged is not None:
-                stopping.stop(run, done, watch, since=watch.diverged, why=f"the run diverged at step {watch.diverged}")
-                break
             better = False
             if evaluate is not None and _owed(done, todo):
                 better = _evaluate(done, stop.unless_asked(partial(evaluate, model)), watch, emit)
+            if config.auto_stop and watch.diverged is not None:
+                stopping.stop(run, done, watch, since=watch.diverged, why=f"the run diverged at step {watch.diverged}")
+                break
             if better or stop.asked or _enough(done, config) or todo.save_due(done.step):
                 _save(run, job, config, save_adapter, emit, prune=not (config.auto_stop and watch.suspicious))
             if stop.asked:
@@ -184,7 +184,7 @@ def _diverging(run: RunDir, watch: Watch, done: Progress, config: TrainConfig, p
     try:
         yield
     except NotFinite as error:
-        since = done.watch.high_since or done.step + 1
+        since = watch.began_badly or done.step + 1
         if config.auto_stop and stopping.fall_back(run, done, watch, since=since) is not None:
             stopping.stop(run, done, watch, since=since, why=f"the {error.name} of step {done.step + 1} was not finite")
             return

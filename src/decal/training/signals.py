@@ -17,6 +17,11 @@ SHOCK_SIGMAS, SHOCK = 10.0, 3.0  # one step alone: 3 nats above the start is tex
 LEAST_RISE = 0.2  # of the starting loss: smaller rises of a loss near zero are of no account
 FIRST = 10  # steps whose highest loss is what a batch may have at the start
 LONG = 10  # steps above that on end: divergence
+BEFORE = 2  # first losses: with the default warm-up both are from before any weight moved
+LEAST_START = 1.0  # nats: two losses of a model that knows its text say nothing of what a batch may have
+LONGER = 20  # steps on end above the first two losses, by more than their own spread: divergence on a low level
+CLEAR_SIGMAS = 4.0
+WORSE_THAN_START = 1.1  # times the validation loss of step 0, on the same rows
 BEST_LONG = 0.75  # of what was learnt is lost again over a whole window: divergence, too
 NORM_SPIKE, NORM_ABOVE_MAX = 50.0, 10.0  # times the median and the largest of the window: norms vary tenfold by batch
 NORM_CUT = 3.0  # times max_grad_norm: clipping makes a smaller spike harmless
@@ -57,6 +62,27 @@ def blown(first: Sequence[float]) -> float:
     """
     by_three = 2 * fmean(first[:3]) + SHOCK
     return min(by_three, 1.1 * max(first) + LEAST_RISE) if len(first) >= FIRST else by_three
+
+
+def above(losses: Sequence[float], first: Sequence[float]) -> bool:
+    """Whether the last losses are all above the first two, and by more than batches differ among themselves."""
+    last = losses[-LONGER:]
+    if len(last) < LONGER:
+        return False
+    usual, sigma = spread(last)
+    limit = over(first)
+    return limit is not None and min(last) > limit and usual - max(first[:BEFORE]) > CLEAR_SIGMAS * sigma
+
+
+def over(first: Sequence[float]) -> float | None:
+    """Return the level that `above` means; None if the first losses are too low to mean anything."""
+    start = max(first[:BEFORE])
+    return 1.15 * start + LEAST_RISE if start >= LEAST_START else None
+
+
+def worse_than_start(evaluations: Sequence[tuple[float, float]], began: float) -> bool:
+    """Whether the last validation loss is clearly above that of step 0, and the training loss has not fallen either."""
+    return evaluations[-1][0] > WORSE_THAN_START * began and evaluations[-1][1] > began
 
 
 def returned(losses: Sequence[float], best: float, first: Sequence[float]) -> bool:

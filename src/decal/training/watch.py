@@ -44,6 +44,8 @@ class Memory:
     norms: list[float] = field(default_factory=list)
     skips: list[int] = field(default_factory=list)
     high_since: int | None = None  # the first of the steps on end whose loss is above all of the start's
+    above_since: int | None = None  # the first of the steps on end whose loss is above the first two
+    flat_since: int | None = None  # the first of the steps on end whose gradient is zero
     best: float | None = None  # the lowest median loss of a window, and the step it ended at
     best_step: int = 0
     evaluations: list[list[float]] = field(default_factory=list)  # step, loss, mean training loss since the last one
@@ -55,7 +57,8 @@ class Memory:
         memory = cls(**values)
         numbers: list[Any] = [*memory.first, *memory.losses, *memory.norms, *memory.skips, *memory.since]
         numbers += [number for one in memory.evaluations for number in one]
-        numbers += [memory.best or 0, memory.best_step, memory.high_since or 0]
+        numbers += [memory.best or 0, memory.best_step]
+        numbers += [step or 0 for step in (memory.high_since, memory.above_since, memory.flat_since)]
         if not all(isinstance(number, (int, float)) for number in numbers):
             raise TypeError("what the watch remembers must be numbers")
         return memory
@@ -92,7 +95,7 @@ class Watch:
         """What a step taken at that share of the highest rate says."""
         self._remember(number, result)
         yield from self._once("diverged", self._divergence(number))
-        if self.diverged is None:
+        if "diverged" not in self.memory.said:
             yield from self._once("spike", self._spike(number))
             yield from self._once("gradient", self._gradient(number, result))
             yield from self._once("clipping", self._clipping())
@@ -111,6 +114,7 @@ class Watch:
         total, count = memory.since or (0.0, 0)
         memory.since = []
         memory.evaluations.append([number, loss, total / count if count else loss])
+        yield from self._once("diverged", self._lost(number))
         yield from self._once("overfit", self._overfit())
         yield from self._once("modes", anatomy.wake(self._model))
 
@@ -121,7 +125,13 @@ class Watch:
     @property
     def suspicious(self) -> bool:
         """Whether the run may be about to be called diverged: older checkpoints may still be needed."""
-        return self.memory.high_since is not None
+        return self.began_badly is not None
+
+    @property
+    def began_badly(self) -> int | None:
+        """The first step of those that look diverged so far."""
+        seen = (self.memory.high_since, self.memory.above_since, self.memory.flat_since)
+        return min((step for step in seen if step is not None), default=None)
 
     @property
     def began_at(self) -> float | None:
@@ -144,10 +154,10 @@ class Watch:
             memory.norms = [*memory.norms, result.grad_norm][-signals.CLIP_WINDOW :]
         total, count = memory.since or (0.0, 0)
         memory.since = [total + result.loss, count + 1]
-        if result.loss <= signals.blown(memory.first):
-            memory.high_since = None
-        elif memory.high_since is None:
-            memory.high_since = number
+        over = signals.over(memory.first)
+        memory.high_since = _since(memory.high_since, number, result.loss > signals.blown(memory.first))
+        memory.above_since = _since(memory.above_since, number, over is not None and result.loss > over)
+        memory.flat_since = _since(memory.flat_since, number, result.grad_norm == 0)
 
     def _divergence(self, number: int) -> str | None:
         memory, since = self.memory, None
@@ -155,6 +165,13 @@ class Watch:
             since = memory.high_since
             limit = signals.blown(memory.first)
             what = f"the loss has been above {limit:.2f}, worse than at the start, since step {since}"
+        elif memory.above_since is not None and signals.above(memory.losses, memory.first):
+            since = memory.above_since
+            start = max(memory.first[: signals.BEFORE])
+            what = f"the loss is {memory.losses[-1]:.2f}, above the {start:.2f} it began with, since step {since}"
+        elif memory.flat_since is not None and number - memory.flat_since + 1 >= signals.LONG:
+            since = memory.flat_since
+            what = f"the gradient has been zero since step {since}, so nothing is learnt any more"
         elif len(memory.losses) >= signals.WINDOW:
             middle = signals.spread(memory.losses[-signals.WINDOW :])[0]
             if memory.best is None or middle < memory.best:
@@ -164,6 +181,14 @@ class Watch:
                 what = f"the loss is back at {middle:.2f}, from {memory.best:.2f} at step {memory.best_step}"
         self.diverged = since
         return None if since is None else f"diverged: {what}; {self._lower()}"
+
+    def _lost(self, number: int) -> str | None:
+        began, seen = self.began_at, [(loss, train) for step, loss, train in self.memory.evaluations if step > 0]
+        if began is None or not seen or not signals.worse_than_start(seen, began):
+            return None
+        good = [step for step, loss, _ in self.memory.evaluations if loss <= began]
+        self.diverged = int(max(good)) + 1
+        return f"diverged: the held-out loss is {seen[-1][0]:.2f}, above the {began:.2f} of step 0; {self._lower()}"
 
     def _spike(self, number: int) -> str | None:
         found = signals.spike(self.memory.losses, self.memory.first[:5])
@@ -245,3 +270,10 @@ class Watch:
             f"lower train.lr ({self._config.lr:g}{far}), lengthen train.warmup ({self._warmup} steps), or lower "
             f"train.max_grad_norm ({self._config.max_grad_norm:g})"
         )
+
+
+def _since(before: int | None, number: int, holds: bool) -> int | None:
+    """Return the first of the steps on end for which something holds."""
+    if not holds:
+        return None
+    return number if before is None else before
