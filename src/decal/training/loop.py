@@ -115,7 +115,7 @@ def train(
             if evaluate is not None and _owed(done, todo):
                 better = _evaluate(done, stop.unless_asked(partial(evaluate, model)), watch, emit)
             if config.auto_stop and watch.diverged is not None:
-                stopping.stop(run, done, watch, since=watch.diverged, why=f"the run diverged at step {watch.diverged}")
+                stopping.stop(run, done, watch, since=watch.diverged, why=watch.reason)
                 break
             if better or stop.asked or _enough(done, config) or todo.save_due(done.step):
                 _save(run, job, config, save_adapter, emit, prune=not (config.auto_stop and watch.suspicious))
@@ -171,7 +171,8 @@ def _save(
 ) -> None:
     path = state.save(run, job, save_adapter)
     if prune:
-        run.prune(keep=config.keep, best=job.progress.best_step)
+        spare = int(config.auto_stop)  # what a divergence is seen by comes after the last good checkpoint
+        run.prune(keep=config.keep + spare, best=job.progress.best_step)
     emit("save", step=job.progress.step, checkpoint=path.name)
 
 

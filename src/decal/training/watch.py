@@ -78,6 +78,7 @@ class Watch:
     ) -> None:
         self.memory = memory
         self.diverged: int | None = None
+        self.reason = ""  # of that, in words
         self._model, self._config, self._warmup = model, config, warmup
         self._named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         self._dtypes = {name: p.dtype for name, p in self._named}
@@ -94,6 +95,7 @@ class Watch:
     def step(self, number: int, result: StepResult, *, share: float) -> Iterator[Advice]:
         """What a step taken at that share of the highest rate says."""
         self._remember(number, result)
+        self.diverged = None
         yield from self._once("diverged", self._divergence(number))
         if "diverged" not in self.memory.said:
             yield from self._once("spike", self._spike(number))
@@ -179,16 +181,19 @@ class Watch:
             elif signals.returned(memory.losses, memory.best, memory.first):
                 since = memory.best_step + 1
                 what = f"the loss is back at {middle:.2f}, from {memory.best:.2f} at step {memory.best_step}"
-        self.diverged = since
-        return None if since is None else f"diverged: {what}; {self._lower()}"
+        return None if since is None else self._diverged(since, what)
 
     def _lost(self, number: int) -> str | None:
         began, seen = self.began_at, [(loss, train) for step, loss, train in self.memory.evaluations if step > 0]
         if began is None or not seen or not signals.worse_than_start(seen, began):
             return None
         good = [step for step, loss, _ in self.memory.evaluations if loss <= began]
-        self.diverged = int(max(good)) + 1
-        return f"diverged: the held-out loss is {seen[-1][0]:.2f}, above the {began:.2f} of step 0; {self._lower()}"
+        what = f"the held-out loss is {seen[-1][0]:.2f}, above the {began:.2f} of step 0"
+        return self._diverged(int(max(good)) + 1, what)
+
+    def _diverged(self, since: int, what: str) -> str:
+        self.diverged, self.reason = since, what
+        return f"diverged: {what}; {self._lower()}"
 
     def _spike(self, number: int) -> str | None:
         found = signals.spike(self.memory.losses, self.memory.first[:5])
@@ -205,7 +210,7 @@ class Watch:
         return (
             f"the gradient's norm jumped to {found[0]:.3g} from about {found[1]:.3g} at step {number} and was cut to "
             f"{self._config.max_grad_norm:g}: look at that batch's rows; if it happens again, lower "
-            f"train.max_grad_norm or train.lr ({self._config.lr:g})"
+            f"train.max_grad_norm or train.lr ({self.lr:g})"
         )
 
     def _clipping(self) -> str | None:
@@ -215,7 +220,7 @@ class Watch:
             return None
         return (
             f"nearly every step is clipped: the gradient's norm is about {usual:.3g}, train.max_grad_norm {limit:g}; "
-            f"raise it to {2 * usual:.2g}, or lower train.lr ({self._config.lr:g})"
+            f"raise it to {2 * usual:.2g}, or lower train.lr ({self.lr:g})"
         )
 
     def _skipped(self) -> str | None:
@@ -224,7 +229,7 @@ class Watch:
             return None
         return (
             f"{count} of {signals.SKIP_WINDOW} steps skipped, for their fp16 gradients overflowed: use "
-            f"train.precision=bf16 or fp32, or lower train.lr ({self._config.lr:g})"
+            f"train.precision=bf16 or fp32, or lower train.lr ({self.lr:g})"
         )
 
     def _overfit(self) -> str | None:
@@ -259,16 +264,18 @@ class Watch:
         kind = ", ".join(sorted(str(name).removeprefix("torch.") for name in names))
         return (
             f"{share:.0%} of the entries of the {group} stood still over {self._taken - self._last_taken} steps: at "
-            f"train.lr={self._config.lr:g} a step is rounded away in {kind}; keep adapters in fp32 "
+            f"train.lr={self.lr:g} a step is rounded away in {kind}; keep adapters in fp32 "
             "(autocast_adapter_dtype=True) or raise train.lr"
         )
 
     def _lower(self) -> str:
+        """What to do about weights that were thrown too far."""
         low, high = USUAL[self._config.method]
-        far = f", far above the usual {low:g} to {high:g}" if self._config.lr > 10 * high else ""
+        if self.lr > 10 * high:
+            return f"lower train.lr ({self.lr:g}; {low:g} to {high:g} is usual)"
         return (
-            f"lower train.lr ({self._config.lr:g}{far}), lengthen train.warmup ({self._warmup} steps), or lower "
-            f"train.max_grad_norm ({self._config.max_grad_norm:g})"
+            f"lower train.lr ({self.lr:g}) or train.max_grad_norm ({self._config.max_grad_norm:g}), or lengthen "
+            f"train.warmup ({self._warmup} steps)"
         )
 
 
