@@ -2,48 +2,28 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
 
 from decal import LoraConfig, get_peft_model
 from decal.data.batch import Batch
-from decal.errors import RunError
 from decal.evaluate.loss import evaluating
 from decal.model.wrapper import PeftModel
-from decal.recipes.finetune import finetune
-from decal.rundir import RunDir
-from decal.spec import RunConfig, TrainConfig
-from decal.training import losses, optim, state
+from decal.spec import TrainConfig
+from decal.training import losses, optim
 from decal.training.precision import Precision
 from decal.training.step import StepResult, take_step
 from decal.training.watch import Advice, Memory, Watch
 from tests import models
-from tests.training.tiny_run import config, make_files
 
 FP32 = Precision(name="fp32", device=torch.device("cpu"))
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_files(tmp_path_factory.mktemp("files"))
-
-
-def said(run: Path, kind: str = "advice") -> dict[str, str]:
-    """Return what a run's events say, by the kind of advice; each kind may stand there once only."""
-    events = [e for e in RunDir(run).events() if e["kind"] == kind]
-    texts = {e.get("advice", kind): e["text"] for e in events}
-    assert len(texts) == len(events)
-    return texts
 
 
 # --- numbers alone -------------------------------------------------------------------------------------------------
@@ -74,7 +54,7 @@ def numbers(
     advice: list[Advice] = [*watch.begin()]
     for number, one in enumerate(steps, start=1):
         with torch.no_grad():
-            model.weight += 1
+            model.weight.add_(1)
         advice += watch.step(number, one, share=1.0)
         if evaluations and number in evaluations:
             advice += watch.evaluation(number, evaluations[number])
@@ -134,12 +114,12 @@ def test_a_gradient_out_of_all_proportion() -> None:
     assert numbers([*[result(2.0, norm / 100) for norm in norms], result(2.0, 1.2)]) == {}  # clipping made it harmless
 
 
-def test_steps_that_are_all_cut_to_a_tenth() -> None:
-    seen = numbers(result(2.0, 31 + 5 * math.sin(i)) for i in range(120))
+def test_steps_that_are_all_cut_to_a_small_part() -> None:
+    seen = numbers(result(2.0, 310 + 50 * math.sin(i)) for i in range(120))
     assert seen["clipping"].startswith(
-        "nearly every step is clipped: the gradient's norm is about 31, train.max_grad_norm 1"
+        "nearly every step is clipped: the gradient's norm is about 310, train.max_grad_norm 1"
     )
-    assert "raise it to 62, or lower train.lr (0.0002)" in seen["clipping"]
+    assert "raise it to 621, or lower train.lr (0.0002)" in seen["clipping"]
 
 
 def test_skipped_fp16_steps_are_counted() -> None:
@@ -280,9 +260,7 @@ def test_some_poisoned_batches_are_seen_in_a_real_run() -> None:
     good = batch()
     wrong = Batch(input_ids=good.input_ids, labels=good.labels.flip(0, 1).contiguous(), position_ids=None, samples=4)
     seen = walk(adapted(), 63, batches=lambda number: wrong if number >= 58 else good, lr=3e-2)
-    assert seen["spike"].endswith(
-        "at step 60: lower train.lr (0.03) or train.max_grad_norm (1), or lengthen train.warmup (0 steps)"
-    )
+    assert seen["spike"].endswith(" at step 60: lower train.lr (0.03; 0.0001 to 0.0005 is usual)")
 
 
 @pytest.mark.parametrize(
@@ -353,143 +331,7 @@ def test_no_cache_is_kept_while_training() -> None:
     assert caches == [None, None]
 
 
-# --- whole runs ----------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def learnt(folder: Path) -> Path:
-    """A model that half knows the rows already: what diverges falls back behind it, as a large model does."""
-    return finetune(
-        config(folder, output="base", method="full", steps=20, lr=1e-2, eval_every=20, save_every=20)
-    ).result
-
-
-def on(model: Path, folder: Path, output: str, **settings: Any) -> RunConfig:
-    return config(folder, output=output, **settings).model_copy(update={"model": str(model)})
-
-
-def test_a_run_at_an_absurd_rate_is_said_to_have_diverged_and_goes_on(folder: Path, learnt: Path) -> None:
-    done = finetune(on(learnt, folder, "absurd", lr=1.0, steps=8))
-    assert (done.steps, done.stopped) == (8, None)
-    assert said(done.run)["diverged"].startswith("diverged: the held-out loss is ")
-    assert said(done.run)["diverged"].endswith("; lower train.lr (1; 0.0001 to 0.0005 is usual)")
-
-
-def test_four_rows_learnt_by_heart_are_overfitting(folder: Path) -> None:
-    few = {"limit": 8}  # of which 4 are held out
-    done = finetune(config(folder, output="heart", method="full", data=few, steps=30, eval_every=5, lr=1e-2))
-    assert said(done.run)["overfit"].startswith("overfitting: the held-out loss rose to ")
-    assert said(done.run)["overfit"].endswith("train for fewer epochs, or set train.early_stopping")
-
-
-BAD = {"lr": 0.3, "warmup": 24, "schedule": "constant", "steps": 40, "save_every": 2}  # good until the rate is too high
-
-
-def test_auto_stop_ends_a_diverged_run_with_its_best_weights(folder: Path, learnt: Path) -> None:
-    done = finetune(on(learnt, folder, "stopped", auto_stop=True, eval_every=2, **BAD))
-    run = RunDir(done.run)
-    assert done.steps < 40
-    assert done.eval_loss is not None
-    assert done.eval_before is not None
-    evaluated = {e["step"]: e["loss"] for e in run.events() if e["kind"] == "eval" and e["step"] > 0}
-    assert done.eval_loss == evaluated[done.step] == min(evaluated.values()) < done.eval_before
-    assert "diverged" in said(done.run)
-    (stop,) = [e for e in run.events() if e["kind"] == "stop"]
-    assert (stop["step"], stop["kept"]) == (done.steps, done.step)
-    assert stop["text"] == run.manifest()["outcome"]["stopped"] == done.stopped
-    assert str(done.stopped).endswith(f"; the weights of step {done.step} are kept")
-    assert_kept(done.run, done.step)
-
-
-def assert_kept(run: Path, step: int) -> None:
-    kept = load_file(run / "checkpoints" / f"step-{step}" / "adapter" / "adapter_model.safetensors")
-    final = load_file(run / "adapter" / "adapter_model.safetensors")
-    assert all(torch.equal(kept[name], final[name]) for name in final)
-
-
-def test_auto_stop_without_an_evaluation_keeps_the_last_checkpoint_from_before(folder: Path, learnt: Path) -> None:
-    unseen: dict[str, Any] = {"data": {"eval_rows": 0}, "eval_every": None, "keep": 1}
-    done = finetune(on(learnt, folder, "blind", auto_stop=True, **unseen, **BAD))
-    losses_ = {e["step"]: e["loss"] for e in RunDir(done.run).events() if e["kind"] == "step"}
-    assert done.stopped is not None
-    bad = int(done.stopped.split("since step ")[1].split(";")[0])
-    assert done.step < bad - 1
-    assert losses_[done.step + 1] < losses_[bad]  # the loss of these weights is that of the next step
-    assert_kept(done.run, done.step)
-
-
-def test_auto_stop_with_nothing_to_keep_is_an_error(folder: Path, learnt: Path) -> None:
-    settings = on(learnt, folder, "nothing", auto_stop=True, lr=1.0, steps=40, eval_every=5, save_every=40)
-    what = r"training was stopped at step 5: the held-out loss is .*, and no checkpoint is from before that"
-    with pytest.raises(RunError, match=what) as raised:
-        finetune(settings)
-    assert raised.value.fix.startswith("Lower train.lr, delete ")
-    assert (folder / "nothing" / "report.html").is_file()
-
-
-@pytest.mark.parametrize("auto_stop", [True, False])
-def test_a_loss_that_is_not_finite_ends_in_the_checkpoint_if_auto_stop_is_set(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, auto_stop: bool
-) -> None:
-    real, calls = losses.sft, itertools.count(1)
-
-    def breaking(model: Any, note: Any) -> Any:
-        plain = real(model, note)
-
-        class Broken:
-            count = staticmethod(plain.count)
-
-            def __call__(self, model: Any, batch: Any) -> tuple[Tensor, int]:
-                total, count = plain(model, batch)
-                return total * (math.nan if next(calls) > 10 else 1.0), count
-
-        return Broken()
-
-    monkeypatch.setattr(losses, "LOSSES", {"sft": breaking})
-    settings = config(
-        folder, output=f"nan-{auto_stop}", auto_stop=auto_stop, data={"eval_rows": 0}, eval_every=None, save_every=3
-    )
-    if not auto_stop:
-        with pytest.raises(RunError, match="loss is not finite"):
-            finetune(settings)
-        return
-    done = finetune(settings)
-    assert (done.steps, done.step) == (5, 3)
-    assert done.stopped == "the loss of step 6 was not finite; the weights of step 3 are kept"
-    assert_kept(done.run, 3)
-
-
-def test_a_resumed_run_repeats_no_advice(folder: Path) -> None:
-    settings = config(folder, output="again")
-    settings = settings.model_copy(update={"lora": LoraConfig(r=4, lora_alpha=400, target_modules=["q_proj"])})
-
-    def crash(event: dict[str, Any]) -> None:
-        if event["kind"] == "step" and event["step"] == 5:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        finetune(settings, on_event=crash)
-    finetune(settings, resume=True)
-    assert list(said(folder / "again")) == ["scale"]
-
-
-def test_checkpoints_from_before_the_watch_are_read_and_damaged_memories_refused(folder: Path) -> None:
-    done = finetune(config(folder, output="old", steps=4))
-    file = RunDir(done.run).checkpoints()[-1] / state.STATE
-    whole = json.loads(file.read_text())
-    for field in ("watch", "stopped", "kept"):
-        del whole["progress"][field]
-    file.write_text(json.dumps(whole))
-    state.check(file.parent)
-    assert finetune(config(folder, output="old", steps=4), resume=True).steps == 4
-    for damage in ({"losses": ["a"]}, {"unknown": 1}, {"evaluations": 3}):
-        whole["progress"]["watch"] = damage
-        file.write_text(json.dumps(whole))
-        with pytest.raises(RunError, match=r"state\.json of the checkpoint step-4 is damaged"):
-            state.check(file.parent)
-
-
-def test_watching_changes_no_bit(folder: Path) -> None:
+def test_watching_changes_no_bit() -> None:
     """The walk of one model with and without the watch ends in equal weights."""
     ends = []
     for watched in (True, False):

@@ -122,7 +122,9 @@ def summary(manifest: Mapping[str, Any], events: list[Event]) -> str:
 
 def what(manifest: Mapping[str, Any]) -> dict[str, Any]:
     """Return the model and what of it was trained."""
-    config = manifest.get("config", {})
+    config = manifest.get("config")
+    if not config:
+        return {}
     parts = manifest.get("parameters")
     lines: dict[str, Any] = {"model": config.get("model"), "revision": config.get("revision")}
     if config.get("train", {}).get("method") == "full":

@@ -220,7 +220,7 @@ class Watch:
             return None
         return (
             f"nearly every step is clipped: the gradient's norm is about {usual:.3g}, train.max_grad_norm {limit:g}; "
-            f"raise it to {2 * usual:.2g}, or lower train.lr ({self.lr:g})"
+            f"raise it to {2 * usual:.3g}, or lower train.lr ({self.lr:g})"
         )
 
     def _skipped(self) -> str | None:
