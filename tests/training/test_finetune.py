@@ -107,7 +107,7 @@ def test_the_last_and_the_best_checkpoints_are_kept(done: Finetuned) -> None:
 
 def test_no_pickle_is_written(done: Finetuned) -> None:
     suffixes = {path.suffix for path in done.run.rglob("*") if path.is_file()}
-    assert suffixes <= {".json", ".jsonl", ".safetensors", ".yaml", ".jinja"}
+    assert suffixes <= {".json", ".jsonl", ".safetensors", ".yaml", ".jinja", ".html"}
 
 
 def test_the_best_weights_are_kept_when_later_ones_are_worse(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -170,7 +170,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "plus": {"train": {"loraplus_lr_ratio": 8.0, "lr": 5e-4}},
     "8bit": {"train": {"optimizer": "adamw8bit"}},
     "bias": {"lora": {"bias": "lora_only"}},
-    "head": {"lora": {"modules_to_save": ["lm_head"], "r": 4}},
+    "head": {"lora": {"modules_to_save": ["lm_head"], "ensure_weight_tying": True, "r": 4}},
     "epochs": {"data": {"limit": 160}, "train": {"epochs": 3, "steps": None, "lr": 1e-3, "eval_every": None}},
     "all": {"data": {"loss_on": "all"}},
     "decay": {"train": {"weight_decay": 0.1, "betas": [0.9, 0.95]}},
