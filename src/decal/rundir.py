@@ -22,7 +22,7 @@ from decal.errors import RunError
 from decal.reading import because, one_line, parse_json, read_json, reading
 
 RUN, MANIFEST, EVENTS, CHECKPOINTS = "run.yaml", "manifest.json", "events.jsonl", "checkpoints"
-ADAPTER, MODEL = "adapter", "model"
+ADAPTER, MODEL, REPORT = "adapter", "model", "report.html"
 NAMED = re.compile(r"step-\d+")  # the folders among the checkpoints that are any
 COMPLETE = "complete.json"  # written last into a checkpoint; a folder without it is never resumed from
 

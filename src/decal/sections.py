@@ -90,6 +90,9 @@ class TrainConfig(Settings):
     early_stopping: int | None = Field(
         default=None, ge=1, description="Stop after so many evaluations without a better loss."
     )
+    auto_stop: bool = Field(
+        default=False, description="Stop a diverged run and keep its best checkpoint ([watch.md](watch.md))."
+    )
     log_to: Annotated[list[Literal["tensorboard", "wandb", "mlflow"]], BeforeValidator(_words)] = Field(
         default=[], description="Where events also go; one word or a list. Each must be installed."
     )

@@ -107,7 +107,7 @@ def test_the_last_and_the_best_checkpoints_are_kept(done: Finetuned) -> None:
 
 def test_no_pickle_is_written(done: Finetuned) -> None:
     suffixes = {path.suffix for path in done.run.rglob("*") if path.is_file()}
-    assert suffixes <= {".json", ".jsonl", ".safetensors", ".yaml", ".jinja"}
+    assert suffixes <= {".json", ".jsonl", ".safetensors", ".yaml", ".jinja", ".html"}
 
 
 def test_the_best_weights_are_kept_when_later_ones_are_worse(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,11 +177,16 @@ def test_what_may_be_a_mistake_is_noted_once_at_the_start(folder: Path, monkeypa
     settings = config(folder, output="loud", steps=1, precision="bf16", lr=1e-5, eval_every=None)
     loud = settings.model_copy(update={"lora": LoraConfig(r=4, lora_alpha=4000, target_modules=["q_proj"])})
     finetune(loud)
-    notes = [event["text"] for event in RunDir(folder / "loud").events() if event["kind"] == "note"]
-    assert [note for note in notes if "scale, lora_alpha / r, is 1,000" in note] == notes[:1]
-    assert [note for note in notes if "up to 22 times slower" in note] == notes[1:2]
+    events = RunDir(folder / "loud").events()
+    notes = [event["text"] for event in events if event["kind"] == "note"]
+    assert [note for note in notes if "up to 22 times slower" in note] == notes[:1]
+    (scale,) = [event["text"] for event in events if event.get("advice") == "scale"]
+    assert scale == (
+        "the adapter's scale, lora_alpha / r, is 1,000 (r=4, lora_alpha=4000): 1 to 4 is usual, and this trains as at "
+        "a far too high rate; lower lora_alpha to 8"
+    )
     finetune(config(folder, output="quiet", steps=1))
-    assert not [event for event in RunDir(folder / "quiet").events() if event["kind"] == "note"]
+    assert not [event for event in RunDir(folder / "quiet").events() if event["kind"] in ("note", "advice")]
 
 
 def test_an_adapter_marked_for_another_task_is_refused_however_it_came(folder: Path) -> None:

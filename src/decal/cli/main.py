@@ -22,6 +22,7 @@ from decal.cli import (
     params,
     quantize,
     quickstart,
+    report,
     targets,
     train,
     verify,
@@ -33,6 +34,7 @@ INTERRUPTED = 128 + signal.SIGINT
 COMMANDS = {  # with what the list of commands says of each, in that order
     quickstart: "See it work: fine-tune the bundled model in minutes.",
     train: "Fine-tune a model on your rows.",
+    report: "A run as one page: curves, data, advice.",
     generate: "Answer prompts; base and adapters side by side.",
     chat: "Talk with a model and its adapter.",
     merge: "Write base + adapter as one model, and measure it.",

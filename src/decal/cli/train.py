@@ -68,6 +68,9 @@ def train(
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Of everything random (default: 0).")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 (default: auto).")] = None,
+    auto_stop: Annotated[
+        bool, typer.Option("--auto-stop", help="Stop a run that diverges and keep its best checkpoint.")
+    ] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint of this run.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the outcome as JSON.")] = False,
 ) -> None:
@@ -96,6 +99,7 @@ def train(
             "quantize": quantize,
             "train.seed": seed,
             "train.device": device,
+            "train.auto_stop": True if auto_stop else None,
         },
         resume=resume,
     )

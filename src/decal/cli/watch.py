@@ -58,6 +58,8 @@ class Watch:
             "step": self._step,
             "eval": self._evaluation,
             "note": self._note,
+            "advice": self._advice,
+            "stop": self._stop,
         }.get(event["kind"])
         if show is not None:
             show(event)
@@ -116,6 +118,17 @@ class Watch:
     def _note(self, event: dict[str, Any]) -> None:
         self._print(Text(f"note: {event['text']}", style="dim"))
 
+    def _advice(self, event: dict[str, Any]) -> None:
+        self._loud("advice", event["text"])
+
+    def _stop(self, event: dict[str, Any]) -> None:
+        self._loud(f"stopped at step {event['step']}", event["text"])
+
+    def _loud(self, word: str, text: str) -> None:
+        """What must not be overlooked, in a terminal broken between words."""
+        line = Text.assemble((f"{word}: ", "bold yellow"), (text, "yellow"))
+        self._console.print(line, soft_wrap=not self._console.is_terminal)
+
 
 def what_is_trained(config: RunConfig, manifest: dict[str, Any]) -> str:
     """Return the adapter and the true share of parameters in one line or two."""
@@ -164,6 +177,7 @@ def outcome(config: RunConfig, done: Finetuned, *, as_json: bool) -> None:
                 "eval_loss": done.eval_loss,
                 "trainable": done.trainable,
                 "seconds": done.seconds,
+                "stopped": done.stopped,
             }
         )
         return

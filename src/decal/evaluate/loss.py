@@ -33,6 +33,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     """Turn dropout off and gradients off in the block; give every module its own mode back after it."""
     training = [module for module in model.modules() if module.training]
     model.eval()
+    for module in model.modules():  # some modules do not follow eval(): their dropout would blur what is measured
+        module.training = False
     try:
         with torch.no_grad():
             yield

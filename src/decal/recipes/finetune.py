@@ -16,6 +16,7 @@ from decal.data.ledger import Ledger
 from decal.evaluate.loss import evaluate
 from decal.model.lean import lean
 from decal.recipes import verify
+from decal.report import run as page
 from decal.rundir import RunDir
 from decal.spec import RunConfig
 from decal.training import logs, loop, manifest, start, state
@@ -37,6 +38,7 @@ class Finetuned:
     eval_loss: float | None  # at `step`
     trainable: int
     seconds: float
+    stopped: str | None = None  # why `train.auto_stop` ended the run
 
 
 def finetune(
@@ -59,7 +61,7 @@ def finetune(
     facts = manifest.facts(job)
 
     start.open_folder(run, config, facts, checkpoint=checkpoint, resume=resume)  # from here on the run exists
-    with logs.reporting(run, config, on_event) as report:
+    with page.at_the_end(run), logs.reporting(run, config, on_event) as report:
         report("resume" if checkpoint else "start", model=config.model, **facts["parameters"])
         for note in () if checkpoint else job.notes:
             report("note", text=note)
@@ -78,12 +80,12 @@ def finetune(
                 wrap=wrap,
             )
         kept = state.keep_best(run, progress, job.model)
-        if kept != progress.step:
+        if kept != progress.step and not progress.stopped:
             report("note", step=progress.step, text=f"kept the weights of step {kept}: its evaluation was the best")
         result = save(run.adapter if config.train.method == "lora" else run.model, job)
         report("end", step=progress.step, kept=kept, path=str(result))
-    outcome = manifest.outcome(run, progress, kept=kept, seconds=time.perf_counter() - began)
-    run.write_manifest({**facts, "outcome": outcome})
+        outcome = manifest.outcome(run, progress, kept=kept, seconds=time.perf_counter() - began)
+        run.write_manifest({**facts, "outcome": outcome})
     return summary(run, result, job.data.ledger, facts["parameters"]["trainable"], outcome)
 
 
@@ -119,4 +121,5 @@ def summary(run: RunDir, result: Path, ledger: Ledger, trainable: int, outcome: 
         eval_loss=outcome["eval_loss"],
         trainable=trainable,
         seconds=outcome["seconds"],
+        stopped=outcome["stopped"],
     )

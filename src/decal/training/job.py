@@ -8,14 +8,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from decal.data import prepare as data_door
 from decal.data.batches import Batches, InOrder
 from decal.data.prepare import Prepared
 from decal.data.samples import Samples
 from decal.errors import ConfigError
-from decal.layers.adapted import Adapted
 from decal.model import quantized, rows
 from decal.model.load import load_model, load_tokenizer
 from decal.model.wrapper import PeftModel
@@ -24,8 +22,6 @@ from decal.spec import RunConfig
 from decal.training import logs, losses, plan, precision, start
 from decal.training.losses import Loss
 from decal.training.precision import Precision
-
-LARGE_SCALE = 64  # of an adapter's change; 1 to 4 is usual
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +57,7 @@ def prepare(config: RunConfig, *, resumed: RunDir | None = None) -> Job:
     plan.make(config.train, steps_per_epoch=batches.steps_per_epoch, evaluates=held_out is not None)
 
     model = trainable_model(config, numbers)
-    notes = [*quantized.storage(model), *getattr(model, "notes", ()), *cautions(config, numbers, model)]
+    notes = [*quantized.storage(model), *getattr(model, "notes", ()), *cautions(config, numbers)]
     loss = losses.LOSSES[config.train.loss](model, notes.append)
     if (missing := rows.check(model, tokenizer, data.train if isinstance(data.train, Samples) else ())) is not None:
         notes.append(missing)
@@ -123,15 +119,9 @@ def trainable_model(config: RunConfig, numbers: Precision) -> Any:
     return model
 
 
-def cautions(config: RunConfig, numbers: Precision, model: nn.Module) -> list[str]:
+def cautions(config: RunConfig, numbers: Precision) -> list[str]:
     """Return what may well be a mistake, though it can be run."""
     notes: list[str] = []
-    scales = [scale for layer in model.modules() if isinstance(layer, Adapted) for scale in layer.scaling.values()]
-    if scales and max(scales) > LARGE_SCALE:
-        rule = "lora_alpha / sqrt(r)" if config.lora.use_rslora else "lora_alpha / r"
-        notes.append(
-            f"the adapter's scale, {rule}, is {max(scales):,.0f}: 1 to 4 is usual, and one so large may diverge"
-        )
     if config.train.precision == "bf16" and numbers.device.type == "cpu" and not precision.cpu_has_bf16():
         notes.append(
             "train.precision=bf16: this CPU has no instructions for it, which can make a run up to 22 times slower; "

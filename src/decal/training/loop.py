@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -15,13 +15,14 @@ from decal.data.batch import Batch
 from decal.errors import RunError
 from decal.rundir import RunDir
 from decal.spec import TrainConfig
-from decal.training import alive, optim, plan, state
+from decal.training import alive, optim, plan, state, stopping
 from decal.training.interrupt import Interrupted, listening
 from decal.training.losses import Loss
 from decal.training.plan import Plan
 from decal.training.precision import Precision
 from decal.training.state import Progress
 from decal.training.step import NotFinite, StepResult, take_step
+from decal.training.watch import Advice, Watch
 
 OVERFLOWS = 20  # fp16: a scale that is still too large after halving 20 times will not be found
 
@@ -74,7 +75,8 @@ def train(
 
     `evaluate` measures the model on held-out data; `save_adapter` adds the adapter's own format to each checkpoint;
     `resume` is a checkpoint to go on from. Raises Interrupted after a signal, once the step under way is saved;
-    RunError if nothing can be learnt or the loss is not finite.
+    RunError if nothing can be learnt or the loss is not finite. With `train.auto_stop` a run that diverges ends there,
+    and `stopped` and `kept` of what is returned say why and with which weights.
     """
     model = wrap(model)
     todo = plan.make(config, steps_per_epoch=batches.steps_per_epoch, evaluates=evaluate is not None)
@@ -85,9 +87,11 @@ def train(
         state.load(resume, job)
     first = done.step
     model.train()
+    watch = Watch(model, optimizer, config, done.watch, warmup=todo.warmup)
+    _advise(watch.begin(), first, emit)
     with listening() as stop:
         if evaluate is not None and (first == 0 or _owed(done, todo)):
-            _evaluate(done, stop.unless_asked(partial(evaluate, model)), emit)
+            _evaluate(done, stop.unless_asked(partial(evaluate, model)), watch, emit)
             if first > 0:
                 _save(run, job, config, save_adapter, emit)
         clock = time.perf_counter()
@@ -97,24 +101,32 @@ def train(
             share = optim.SCHEDULES[config.schedule](done.step, todo.warmup, todo.steps)
             optim.set_lr(optimizer, share)
             inspect = partial(_say_dead, model, emit) if done.step == first else None
-            with _diverging(run, done, precision):
+            with _diverging(run, watch, done, config, precision):
                 limit = config.max_grad_norm
                 result = take_step(
                     model, group, loss, optimizer, scaler, precision=precision, limit=limit, inspect=inspect
                 )
+            if done.stopped:
+                break
             _count(done, result, time.perf_counter() - clock)
             emit("step", **_fields(done, result, config.lr * share, todo, time.perf_counter() - clock))
+            _advise(watch.step(done.step, result, share=share), done.step, emit)
             better = False
             if evaluate is not None and _owed(done, todo):
-                better = _evaluate(done, stop.unless_asked(partial(evaluate, model)), emit)
+                better = _evaluate(done, stop.unless_asked(partial(evaluate, model)), watch, emit)
+            if config.auto_stop and watch.diverged is not None:
+                stopping.stop(run, done, watch, since=watch.diverged, why=watch.reason)
+                break
             if better or stop.asked or _enough(done, config) or todo.save_due(done.step):
-                _save(run, job, config, save_adapter, emit)
+                _save(run, job, config, save_adapter, emit, prune=not (config.auto_stop and watch.suspicious))
             if stop.asked:
                 break
             clock = time.perf_counter()
-    if stop.asked and (done.step < todo.steps or _owed(done, todo)):
+    if stop.asked and not done.stopped and (done.step < todo.steps or _owed(done, todo)):
         raise Interrupted(step=done.step, run=run.path)
-    if _enough(done, config):
+    if done.stopped:
+        emit("stop", step=done.step, kept=done.kept, text=done.stopped)
+    elif _enough(done, config):
         emit("note", step=done.step, text=f"stopped early: {config.early_stopping} evaluations without a better loss")
     return done
 
@@ -128,7 +140,12 @@ def _enough(done: Progress, config: TrainConfig) -> bool:
     return config.early_stopping is not None and done.worse >= config.early_stopping
 
 
-def _evaluate(done: Progress, measured: Measured | None, emit: Emit) -> bool:
+def _advise(advice: Iterable[Advice], step: int, emit: Emit) -> None:
+    for one in advice:
+        emit("advice", step=step, advice=one.kind, text=one.text)
+
+
+def _evaluate(done: Progress, measured: Measured | None, watch: Watch, emit: Emit) -> bool:
     """Note an evaluation (None: broken off), and return whether no trained step has ever been better."""
     if measured is None:
         return False
@@ -139,6 +156,7 @@ def _evaluate(done: Progress, measured: Measured | None, emit: Emit) -> bool:
         done.worse += 1
     done.evaluated = done.step
     emit("eval", step=done.step, loss=measured.loss, perplexity=measured.perplexity, best=better)
+    _advise(watch.evaluation(done.step, measured.loss), done.step, emit)
     return better
 
 
@@ -148,18 +166,29 @@ def _save(
     config: TrainConfig,
     save_adapter: Callable[[Path], object] | None,
     emit: Emit,
+    *,
+    prune: bool = True,
 ) -> None:
     path = state.save(run, job, save_adapter)
-    run.prune(keep=config.keep, best=job.progress.best_step)
+    if prune:
+        spare = int(config.auto_stop)  # what a divergence is seen by comes after the last good checkpoint
+        run.prune(keep=config.keep + spare, best=job.progress.best_step)
     emit("save", step=job.progress.step, checkpoint=path.name)
 
 
 @contextmanager
-def _diverging(run: RunDir, done: Progress, precision: Precision) -> Iterator[None]:
-    """Let the error of a step that is not finite say what fits this run: what to change, and what is left of it."""
+def _diverging(run: RunDir, watch: Watch, done: Progress, config: TrainConfig, precision: Precision) -> Iterator[None]:
+    """Let the error of a step that is not finite say what fits this run: what to change, and what is left of it.
+
+    With `auto_stop` there is no error while a checkpoint from before is left: `done` says then that the run stopped.
+    """
     try:
         yield
     except NotFinite as error:
+        since = watch.began_badly or done.step + 1
+        if config.auto_stop and stopping.fall_back(run, done, watch, since=since) is not None:
+            stopping.stop(run, done, watch, since=since, why=f"the {error.name} of step {done.step + 1} was not finite")
+            return
         narrow = precision.name != "fp32"
         if done.step > 0:
             change = "Lower train.lr or use train.precision=fp32" if narrow else "Lower train.lr"

@@ -46,6 +46,7 @@ def outcome(run: RunDir, progress: Progress, *, kept: int, seconds: float) -> di
     return {
         "steps": progress.step,
         "kept_step": kept,
+        "stopped": progress.stopped,
         "loss": last(run, "step", "loss"),
         "eval_loss_before": eval_loss(run, 0),
         "eval_loss": eval_loss(run, kept),

@@ -15,7 +15,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -29,6 +29,7 @@ from decal import rundir
 from decal.errors import DecalError, RunError
 from decal.reading import because, read_json
 from decal.training.paged import Paged
+from decal.training.watch import Memory
 
 TRAINABLE, OPTIMIZER, RNG, STATE = "trainable.safetensors", "optimizer.safetensors", "rng.safetensors", "state.json"
 
@@ -54,6 +55,14 @@ class Progress:
     best_step: int | None = None
     worse: int = 0  # evaluations since the best one
     skipped: int = 0  # fp16 steps in a row whose gradient overflowed
+    watch: Memory = field(default_factory=Memory)
+    stopped: str | None = None  # why the run was ended before its time, and the step whose weights it falls back on
+    kept: int | None = None
+
+    @classmethod
+    def of(cls, values: dict[str, Any]) -> Progress:
+        """Return what a checkpoint says; one from before there was a watch remembers nothing of it."""
+        return cls(**{**values, "watch": Memory.of(values.get("watch", {}))})
 
 
 @dataclass(kw_only=True)
@@ -114,7 +123,7 @@ def load(folder: Path, training: Training) -> None:
     state = _read_state(folder)
     generators = _read_tensors(folder / RNG)
     with _reading(folder / STATE):
-        training.progress.__dict__.update(state["progress"])
+        training.progress.__dict__.update(Progress.of(state["progress"]).__dict__)
         training.batches.load_state_dict(state["data"])
         training.scaler.load_state_dict(state["scaler"])
     with _reading(folder / RNG):
@@ -152,7 +161,7 @@ def _read_tensors(file: Path) -> dict[str, Tensor]:
 def _read_state(folder: Path) -> dict[str, Any]:
     with _reading(folder / STATE):
         state: dict[str, Any] = read_json(folder / STATE)
-        Progress(**state["progress"])
+        Progress.of(state["progress"])
         if not all(isinstance(state[key], dict) for key in ("data", "scaler", "random")):
             raise TypeError("data, scaler and random must be objects")
         return state
@@ -183,8 +192,10 @@ def _refuse(odd: list[str]) -> None:
 
 
 def keep_best(run: rundir.RunDir, progress: Progress, model: nn.Module) -> int:
-    """Give the model the weights of the best evaluation, if there was one; return the step whose weights it has."""
+    """Give the model the weights of the best evaluation, if there was one, or those that a stopped run falls back on;
+    return the step whose weights it has."""
     kept = progress.step if progress.best_step is None else progress.best_step
+    kept = kept if progress.kept is None else progress.kept
     if kept != progress.step:
         folder = run.path / rundir.CHECKPOINTS / f"step-{kept}"
         _refuse_altered(folder)

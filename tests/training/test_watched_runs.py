@@ -1,0 +1,168 @@
+"""The watch over whole runs: what is said in them, and what --auto-stop keeps."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from decal import LoraConfig
+from decal.errors import RunError
+from decal.recipes.finetune import finetune
+from decal.rundir import RunDir
+from decal.spec import RunConfig
+from decal.training import losses, state
+from tests.training.tiny_run import config, make_files
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_files(tmp_path_factory.mktemp("files"))
+
+
+def said(run: Path, kind: str = "advice") -> dict[str, str]:
+    """Return what a run's events say, by the kind of advice; each kind may stand there once only."""
+    events = [e for e in RunDir(run).events() if e["kind"] == kind]
+    texts = {e.get("advice", kind): e["text"] for e in events}
+    assert len(texts) == len(events)
+    return texts
+
+
+@pytest.fixture(scope="module")
+def learnt(folder: Path) -> Path:
+    """A model that half knows the rows already: what diverges falls back behind it, as a large model does."""
+    return finetune(
+        config(folder, output="base", method="full", steps=20, lr=1e-2, eval_every=20, save_every=20)
+    ).result
+
+
+def on(model: Path, folder: Path, output: str, **settings: Any) -> RunConfig:
+    return config(folder, output=output, **settings).model_copy(update={"model": str(model)})
+
+
+def test_a_run_at_an_absurd_rate_is_said_to_have_diverged_and_goes_on(folder: Path, learnt: Path) -> None:
+    done = finetune(on(learnt, folder, "absurd", lr=1.0, steps=8))
+    assert (done.steps, done.stopped) == (8, None)
+    assert said(done.run)["diverged"].startswith("diverged: the held-out loss is ")
+    assert said(done.run)["diverged"].endswith("; lower train.lr (1; 0.0001 to 0.0005 is usual)")
+
+
+def test_four_rows_learnt_by_heart_are_overfitting(folder: Path) -> None:
+    few = {"limit": 8}  # of which 4 are held out
+    done = finetune(config(folder, output="heart", method="full", data=few, steps=30, eval_every=5, lr=1e-2))
+    assert said(done.run)["overfit"].startswith("overfitting: the held-out loss rose to ")
+    assert said(done.run)["overfit"].endswith("train for fewer epochs, or set train.early_stopping")
+
+
+BAD = {"lr": 0.3, "warmup": 24, "schedule": "constant", "steps": 40, "save_every": 2}  # good until the rate is too high
+
+
+def test_auto_stop_ends_a_diverged_run_with_its_best_weights(folder: Path, learnt: Path) -> None:
+    done = finetune(on(learnt, folder, "stopped", auto_stop=True, eval_every=2, **BAD))
+    run = RunDir(done.run)
+    assert done.steps < 40
+    assert done.eval_loss is not None
+    assert done.eval_before is not None
+    evaluated = {e["step"]: e["loss"] for e in run.events() if e["kind"] == "eval" and e["step"] > 0}
+    assert done.eval_loss == evaluated[done.step] == min(evaluated.values()) < done.eval_before
+    assert "diverged" in said(done.run)
+    (stop,) = [e for e in run.events() if e["kind"] == "stop"]
+    assert (stop["step"], stop["kept"]) == (done.steps, done.step)
+    assert stop["text"] == run.manifest()["outcome"]["stopped"] == done.stopped
+    assert str(done.stopped).endswith(f"; the weights of step {done.step} are kept")
+    assert_kept(done.run, done.step)
+
+
+def assert_kept(run: Path, step: int) -> None:
+    kept = load_file(run / "checkpoints" / f"step-{step}" / "adapter" / "adapter_model.safetensors")
+    final = load_file(run / "adapter" / "adapter_model.safetensors")
+    assert all(torch.equal(kept[name], final[name]) for name in final)
+
+
+def test_auto_stop_without_an_evaluation_keeps_the_last_checkpoint_from_before(folder: Path, learnt: Path) -> None:
+    unseen: dict[str, Any] = {"data": {"eval_rows": 0}, "eval_every": None, "keep": 1}
+    done = finetune(on(learnt, folder, "blind", auto_stop=True, **unseen, **BAD))
+    losses_ = {e["step"]: e["loss"] for e in RunDir(done.run).events() if e["kind"] == "step"}
+    assert done.stopped is not None
+    bad = int(done.stopped.split("since step ")[1].split(";")[0])
+    assert done.step < bad - 1
+    assert losses_[done.step + 1] < losses_[bad]  # the loss of these weights is that of the next step
+    assert_kept(done.run, done.step)
+
+
+def test_auto_stop_with_nothing_to_keep_is_an_error(folder: Path, learnt: Path) -> None:
+    settings = on(learnt, folder, "nothing", auto_stop=True, lr=1.0, steps=40, eval_every=5, save_every=40)
+    what = r"training was stopped at step 5: the held-out loss is .*, and no checkpoint is from before that"
+    with pytest.raises(RunError, match=what) as raised:
+        finetune(settings)
+    assert raised.value.fix.startswith("Lower train.lr, delete ")
+    assert (folder / "nothing" / "report.html").is_file()
+
+
+@pytest.mark.parametrize("auto_stop", [True, False])
+def test_a_loss_that_is_not_finite_ends_in_the_checkpoint_if_auto_stop_is_set(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, auto_stop: bool
+) -> None:
+    real, calls = losses.sft, itertools.count(1)
+
+    def breaking(model: Any, note: Any) -> Any:
+        plain = real(model, note)
+
+        class Broken:
+            count = staticmethod(plain.count)
+
+            def __call__(self, model: Any, batch: Any) -> tuple[Tensor, int]:
+                total, count = plain(model, batch)
+                return total * (math.nan if next(calls) > 10 else 1.0), count
+
+        return Broken()
+
+    monkeypatch.setattr(losses, "LOSSES", {"sft": breaking})
+    settings = config(
+        folder, output=f"nan-{auto_stop}", auto_stop=auto_stop, data={"eval_rows": 0}, eval_every=None, save_every=3
+    )
+    if not auto_stop:
+        with pytest.raises(RunError, match="loss is not finite"):
+            finetune(settings)
+        return
+    done = finetune(settings)
+    assert (done.steps, done.step) == (5, 3)
+    assert done.stopped == "the loss of step 6 was not finite; the weights of step 3 are kept"
+    assert_kept(done.run, 3)
+
+
+def test_a_resumed_run_repeats_no_advice(folder: Path) -> None:
+    settings = config(folder, output="again")
+    settings = settings.model_copy(update={"lora": LoraConfig(r=4, lora_alpha=400, target_modules=["q_proj"])})
+
+    def crash(event: dict[str, Any]) -> None:
+        if event["kind"] == "step" and event["step"] == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        finetune(settings, on_event=crash)
+    finetune(settings, resume=True)
+    assert list(said(folder / "again")) == ["scale"]
+
+
+def test_checkpoints_from_before_the_watch_are_read_and_damaged_memories_refused(folder: Path) -> None:
+    done = finetune(config(folder, output="old", steps=4))
+    file = RunDir(done.run).checkpoints()[-1] / state.STATE
+    whole = json.loads(file.read_text())
+    for field in ("watch", "stopped", "kept"):
+        del whole["progress"][field]
+    file.write_text(json.dumps(whole))
+    state.check(file.parent)
+    assert finetune(config(folder, output="old", steps=4), resume=True).steps == 4
+    for damage in ({"losses": ["a"]}, {"unknown": 1}, {"evaluations": 3}):
+        whole["progress"]["watch"] = damage
+        file.write_text(json.dumps(whole))
+        with pytest.raises(RunError, match=r"state\.json of the checkpoint step-4 is damaged"):
+            state.check(file.parent)
