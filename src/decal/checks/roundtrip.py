@@ -51,7 +51,9 @@ def check(job: Job, samples: Sequence[Sample]) -> Check:
             model.delete_adapter(COPY)
     share = difference / max(effect, 1e-30)
     if share <= TOLERANCE[job.numbers.name]:
-        return passed(NAME, f"saved and loaded, logits differ by {difference:.1e}; the adapter moves them by {effect:.1e}")
+        return passed(
+            NAME, f"saved and loaded, logits differ by {difference:.1e}; the adapter moves them by {effect:.1e}"
+        )
     return failed(
         NAME,
         f"saved and loaded, the adapter is another: logits differ by {difference:.1e}, its whole effect is {effect:.1e}",

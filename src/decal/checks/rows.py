@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from itertools import islice
 
 from decal.data.batch import IGNORE
@@ -40,7 +40,7 @@ def shortest(samples: Iterable[Sample], count: int, *, tokens: int = TOKENS) -> 
 
 def cut(sample: Sample, tokens: int) -> Sample:
     """Return at most `tokens` tokens of a row: those up to its last learnt one, which is where the stop token is."""
-    last = max((at for at, label in enumerate(sample.labels) if label != IGNORE), default=-1)
+    last = max((at for at, label in enumerate(sample.labels) if label != IGNORE), default=len(sample.ids) - 1)
     first = max(0, last + 1 - tokens)
     return Sample(ids=sample.ids[first : last + 1], labels=[IGNORE, *sample.labels[first + 1 : last + 1]])
 
@@ -59,8 +59,3 @@ def prompt(sample: Sample) -> tuple[int, ...]:
 def only(sample: Sample, *, learns: bool) -> Sample:
     """Return the row as it is, or with nothing to learn."""
     return sample if learns else Sample(ids=sample.ids, labels=[IGNORE] * len(sample.ids))
-
-
-def tokens_of(samples: Sequence[Sample]) -> int:
-    """Return how many tokens the rows have together."""
-    return sum(len(sample.ids) for sample in samples)
