@@ -1,4 +1,4 @@
-"""The first training rows as the model sees them: what it learns, what it only reads, where it stops, what is padding."""
+"""The first training rows as the model sees them: what it learns and only reads, where it stops, what is padding."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ def check(job: Job, samples: Sequence[Sample]) -> Check:
         )
     return failed(
         NAME,
-        f"saved and loaded, the adapter is another: logits differ by {difference:.1e}, its whole effect is {effect:.1e}",
+        f"saved and loaded, it is another adapter: logits differ by {difference:.1e}, its whole effect is {effect:.1e}",
         fix="Do not train with these lora settings: what is saved would not be what was learnt. Please report it.",
     )
 

@@ -1,4 +1,4 @@
-"""Whether the tokenizer is the model's own: its ids fit, its words are known, and the model makes sense of their order."""
+"""Whether the tokenizer is the model's own: ids fit, words are known, and their order makes sense to the model."""
 
 from __future__ import annotations
 

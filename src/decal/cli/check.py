@@ -89,8 +89,9 @@ def preview(rows: list[Row]) -> None:
         console.out().print(Text(f"\nrow {number}: {counts(row)}", style="bold"), soft_wrap=True)
         for sample in row.samples:
             line = Text("| ", style="blue")
-            for piece in sample:
-                text = piece.text.replace("\r", "").replace("\n", "\u21b5\n  ")
+            for place, piece in enumerate(sample, start=1):
+                own = piece.text.rstrip("\n") if place == len(sample) else piece.text
+                text = own.replace("\r", "").replace("\n", "\u21b5\n  ")
                 line.append_text(marked(piece.kind, text, colour=colour))
             console.out().print(line, soft_wrap=True)
         if row.packed > len(row.samples):
@@ -121,10 +122,10 @@ def answer(check: Check) -> None:
 
     word, style = SIGNS[check.status]
     console.out().print(
-        Text.assemble((f"{word:<7}", style), (f"{check.name:<13}", "bold"), check.measure), soft_wrap=True
+        Text.assemble((f"{word:<8}", style), (f"{check.name:<14}", "bold"), check.measure), soft_wrap=True
     )
     if check.fix is not None:
-        console.out().print(Text.assemble(" " * 7, ("fix: ", "bold"), check.fix), soft_wrap=True)
+        console.out().print(Text.assemble(" " * 8, ("fix: ", "bold"), check.fix), soft_wrap=True)
 
 
 def summary(checks: list[Check]) -> str:
