@@ -116,13 +116,13 @@ def counts(row: Row) -> str:
     return f"{samples}{row.tokens:,} tokens, {row.learnt:,} learnt{padding}"
 
 
-def answer(check: Check) -> None:
+def answer(check: Check, *, width: int = 14) -> None:
     """Print what one check found: a line, and the fix where it failed."""
     from rich.text import Text
 
     word, style = SIGNS[check.status]
     console.out().print(
-        Text.assemble((f"{word:<8}", style), (f"{check.name:<14}", "bold"), check.measure), soft_wrap=True
+        Text.assemble((f"{word:<8}", style), (f"{check.name:<{width}}", "bold"), check.measure), soft_wrap=True
     )
     if check.fix is not None:
         console.out().print(Text.assemble(" " * 8, ("fix: ", "bold"), check.fix), soft_wrap=True)

@@ -12,7 +12,20 @@ from typing import Annotated
 import typer
 
 import decal
-from decal.cli import chat, check, console, generate, inspect, merge, params, quantize, quickstart, targets, train
+from decal.cli import (
+    chat,
+    check,
+    console,
+    doctor,
+    generate,
+    inspect,
+    merge,
+    params,
+    quantize,
+    quickstart,
+    targets,
+    train,
+)
 from decal.errors import DecalError, nearest
 
 INTERRUPTED = 128 + signal.SIGINT
@@ -27,6 +40,7 @@ COMMANDS = {  # with what the list of commands says of each, in that order
     inspect: "What an adapter is, and what is odd about it.",
     targets: "Which layers an adapter would change.",
     params: "What an adapter of each rank costs.",
+    doctor: "This machine: versions, room, whether kernels are right.",
 }
 
 app = typer.Typer(
