@@ -26,7 +26,6 @@ PACKAGES = ("decal", "torch", "transformers", "tokenizers", "safetensors", "data
 OPTIONAL = {  # what each would give, and how it comes
     "numba": "4-bit weights decoded some times faster on a CPU: pip install 'decal[cpu]'",
     "triton": "4-bit weights decoded in kernels on a CUDA card: comes with torch's CUDA build on Linux",
-    "liger-kernel": "fused norms and MLPs on a CUDA card: pip install 'decal[gpu]'",
     "tensorboard": "train.log_to=tensorboard: pip install 'decal[tensorboard]'",
     "wandb": "train.log_to=wandb: pip install 'decal[wandb]'",
     "mlflow": "train.log_to=mlflow: pip install 'decal[mlflow]'",
@@ -77,7 +76,8 @@ def environment(variables: Mapping[str, str]) -> dict[str, str]:
 
 def scrub(text: str, *, home: str, user: str, host: str) -> str:
     """Return the text without what tells who and where: the home folder becomes ~, names become <user> and <host>."""
-    text = text.replace(home, "~") if len(home) > 1 else text
+    if len(home) > 1:
+        text = re.sub(rf"(?<![\w/.-]){re.escape(home)}(?![\w.-])", "~", text)
     for name, mark in ((user, "<user>"), (host, "<host>")):
         if name:
             text = re.sub(rf"(?<![A-Za-z0-9]){re.escape(name)}(?![A-Za-z0-9])", mark, text)

@@ -21,6 +21,7 @@ from decal.training.step import NotFinite, take_step
 NAME = "overfit"
 TARGET = 0.05  # a loss at which every token is as good as certain: exp(-0.05) = 95% each
 STEPS = 40
+COIN_TOSS = 0.1  # of the loss that contradictions force on every token: more than that is noise in the data
 FASTER = 10.0  # than train.lr
 CAP = {"lora": 5e-3, "full": 1e-3}  # what FASTER may raise the rate to: beyond it healthy runs diverge, too
 BOOST_AFTER = 15  # steps in which the rate has shown whether it learns
@@ -29,6 +30,7 @@ SLOW = 0.9  # of the loss: a rate ten times as high that leaves more than this i
 DIVERGED = 1.5  # times the loss at the start
 WARMUP = 3
 LEVEL = 8  # steps in which the loss has not fallen by 1%: it has come to where it will stay
+HALF, FALLING = 0.6, 0.95  # of the start, of LEVEL steps ago: many tokens, or a small model, and nothing is wrong
 NEAR = 1.25  # of the frozen head's floor: the last quarter takes as many steps as all before
 
 
@@ -63,7 +65,7 @@ def check(job: Job, seen: Sequence[Sample], samples: Sequence[Sample]) -> Check:
             fix="Look at the rows above; give another data.chat_template, or data.loss_on=all.",
         )
     floor, clashing = contradictions(seen)
-    if floor > TARGET:
+    if floor > COIN_TOSS:
         return failed(
             NAME,
             f"{clashing:,} of {len(seen):,} rows ask what another row asks and get another reply: no model can bring "
@@ -160,6 +162,8 @@ def verdict(course: Course, *, lr: float, what: str) -> Check:
         return passed(NAME, measure)
     if fell and best < NEAR * course.floor + TARGET:
         return passed(NAME, f"{measure}; the frozen head allows no less than about {course.floor:.2f}")
+    if best < HALF * start and best < FALLING * min(course.losses[:-LEVEL], default=0.0):
+        return passed(NAME, f"{measure}, and falling")
     if fell:
         return failed(
             NAME,

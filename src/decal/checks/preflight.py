@@ -41,8 +41,8 @@ def _quick(job: Job, seen: Sequence[Sample], few: Sequence[Sample]) -> list[Ask]
     return [
         partial(stops.check, job, seen),
         partial(packing.check, job, few),
-        partial(accumulation.check, job, few),
         partial(reach.check, job, few),
+        partial(accumulation.check, job, few),
         partial(roundtrip.check, job, few[:2]),
     ]
 

@@ -75,11 +75,15 @@ def _end(ids: Sequence[int], labels: Sequence[int], *, pad: int) -> int:
 def _pieces(job: Job, ids: Sequence[int], labels: Sequence[int]) -> Iterator[Piece]:
     tokenizer: Any = job.tokenizer
     controls = set(tokenizer.all_special_ids) | set(getattr(tokenizer, "added_tokens_decoder", {}))
-    kinds = [_kind(token, label, job.data.stop_ids, controls) for token, label in zip(ids, labels, strict=True)]
+    kinds: list[Kind] = [
+        _kind(token, label, job.data.stop_ids, controls) for token, label in zip(ids, labels, strict=True)
+    ]
     first, behind = SHOWN_TOKENS // 4, len(ids) - SHOWN_TOKENS * 3 // 4
     hidden = range(first, behind) if behind > first else range(0)
     said = ""
-    for kind, run in groupby(range(len(ids)), key=lambda at: "gap" if at in hidden else kinds[at]):
+    for at in hidden:
+        kinds[at] = "gap"
+    for kind, run in groupby(range(len(ids)), key=kinds.__getitem__):
         places = list(run)
         if kind == "gap":
             yield Piece(kind="gap", text=f"{len(places):,}")

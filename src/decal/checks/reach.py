@@ -19,6 +19,7 @@ NAME = "reach"
 # Of the entries that have a gradient. AdamW's first steps are lr long whatever the gradient; where that is below half
 # a unit in the last place the sum is rounded back. fp32 adapters at usual rates move 99% and more.
 ENOUGH = 0.5
+TARGETS = "Check that lora.target_modules lie in the part of the model that the loss depends on."
 STEPS = 2  # B starts at zero, so A's first gradient is zero, too: A moves in the second step
 
 
@@ -42,12 +43,15 @@ def check(job: Job, samples: Sequence[Sample]) -> Check:
     totals: dict[str, Movement] = {}
     dead: list[str] = []
     for number in range(STEPS if lora else 1):
-        step.backward(job.model, [batch], job.loss, _scaler(job), precision=job.numbers)
-        if number == 0:
-            try:
-                dead = alive.without_gradient(job.model)
-            except RunError as error:
-                return failed(NAME, error.what, fix=_fix_dead(job, error.fix))
+        try:
+            step.backward(job.model, [batch], job.loss, _scaler(job), precision=job.numbers)
+            dead = alive.without_gradient(job.model) if number == 0 else dead
+        except RunError as error:
+            return failed(NAME, error.what, fix=_fix_dead(job, error.fix))
+        except RuntimeError as error:
+            if "does not require grad" not in str(error):  # torch's word for a loss that nothing trainable is in
+                raise
+            return failed(NAME, "the loss depends on nothing that is trained", fix=_fix_dead(job, TARGETS))
         for movement in moves(job, keep=lora):
             if movement.reached:
                 totals[movement.name] = movement
@@ -74,7 +78,9 @@ def moves(job: Job, *, keep: bool) -> Iterator[Movement]:
 
 def _stepped(job: Job, parameter: nn.Parameter, group: dict[str, object]) -> Tensor:
     copy = nn.Parameter(parameter.detach().clone())
-    copy.grad = parameter.grad
+    assert parameter.grad is not None
+    # AdamW's step does not depend on the gradient's length, but for eps: A's first gradients can be as small as that.
+    copy.grad = parameter.grad / parameter.grad.abs().max().clamp(min=torch.finfo(parameter.dtype).tiny)
     alone = {"params": [copy], "lr": group["lr"], "weight_decay": group["weight_decay"]}
     optim.resident([alone], job.config.train).step()
     return copy.detach()
@@ -87,23 +93,28 @@ def _scaler(job: Job) -> torch.amp.GradScaler:
 def _verdict(job: Job, totals: dict[str, Movement], dead: list[str]) -> Check:
     wanted = [name for name, p in job.model.named_parameters() if p.requires_grad]
     full = job.config.train.method == "full"
-    still = [name for name in wanted if name not in totals or totals[name].moved == 0]
+    still = [name for name in wanted if name not in totals]
     if dead and not full:
         return failed(
             NAME,
             f"{len(dead)} of {len(wanted)} trainable matrices get no gradient, such as {dead[0]}",
-            fix=_fix_dead(job, "Check that the targets lie in the part of the model that the loss depends on."),
+            fix=_fix_dead(job, TARGETS),
         )
     reached, moved = sum(m.reached for m in totals.values()), sum(m.moved for m in totals.values())
     share = moved / max(reached, 1)
-    if share < ENOUGH or (still and not full):
-        some = f"{len(still)} of {len(wanted)} matrices stand still; " if still else ""
+    stalled = [name for name, m in totals.items() if m.moved < ENOUGH * m.reached]
+    if stalled:
         return failed(
             NAME,
-            f"{some}{share:.1%} of the entries with a gradient move at train.lr={job.config.train.lr:g}",
-            fix="Raise train.lr (LoRA: 1e-4 to 2e-3, all weights: 1e-6 to 1e-4): such a step is rounded away."
-            if share < ENOUGH
-            else f"Look at {still[0]}: it is trainable, and its gradient stays zero after the others have moved.",
+            f"{len(stalled)} of {len(wanted)} matrices stand still at train.lr={job.config.train.lr:g}: a step is "
+            f"rounded away ({share:.1%} of entries move), such as in {stalled[0]}",
+            fix="Raise train.lr: 1e-4 to 2e-3 is usual for LoRA, 1e-6 to 1e-4 for all weights.",
+        )
+    if still and not full:
+        return failed(
+            NAME,
+            f"{len(still)} of {len(wanted)} matrices have a gradient of zero when the others have moved",
+            fix=f"Look at {still[0]}: it is trainable, and the loss does not depend on it.",
         )
     without = f"; {len(still)} got no gradient from these rows, such as {still[0]}" if still else ""
     return passed(NAME, f"{len(wanted) - len(still)} of {len(wanted)} matrices move ({share:.1%} of entries){without}")

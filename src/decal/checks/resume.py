@@ -44,7 +44,7 @@ def shortened(config: RunConfig, folder: Path, *, steps: int, tokenizer: Any) ->
         }
     )
     half = max(1, steps // 2)
-    changes = {
+    changes: dict[str, Any] = {
         "steps": steps,
         "micro_batch": min(config.train.micro_batch, 2),
         "accumulate": min(config.train.accumulate, 2),

@@ -19,7 +19,7 @@ from decal.training.job import Job
 
 NAME = "round trip"
 COPY = "decal_check"  # the name under which the saved adapter comes back
-STD = 0.02  # of what stands in for factors that are still zero, so that a lost one is seen
+STD = 0.02  # of what is put into factors that are still zero
 # Of the adapter's own effect on the logits. Saved and loaded are the same fp32 numbers; PiSSA and OLoRA come back as
 # plain LoRA of twice the rank, the same sum in another order; 16-bit products round the outputs.
 TOLERANCE = {"fp32": 1e-3, "bf16": 5e-2, "fp16": 1e-2}
@@ -31,7 +31,7 @@ def check(job: Job, samples: Sequence[Sample]) -> Check:
     model = job.model
     if not isinstance(model, PeftModel):
         return not_applicable(NAME, "all weights are trained: there is no adapter")
-    _fill_zeros(model)
+    _stir(model)
     batch = pack.collate([[sample] for sample in samples], pad_id=job.data.pad_id)
     name = model.active_adapter
     with without_dropout(model), tempfile.TemporaryDirectory() as folder:
@@ -61,11 +61,13 @@ def check(job: Job, samples: Sequence[Sample]) -> Check:
     )
 
 
-def _fill_zeros(model: PeftModel) -> None:
+def _stir(model: PeftModel) -> None:
+    """Move every trained tensor: a fresh adapter changes nothing, so nothing of it would be missed."""
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
-        if parameter.requires_grad and not parameter.any():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * STD)
+        if parameter.requires_grad:
+            size = STD if not parameter.any() else 0.1 * float(parameter.square().mean().sqrt())
+            parameter.add_((torch.randn(parameter.shape, generator=generator) * size).to(parameter.device))
 
 
 def _logits(job: Job, ids: Tensor) -> Tensor:
