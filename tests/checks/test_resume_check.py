@@ -19,6 +19,7 @@ from decal.training import state
 from tests.training.tiny_run import config
 
 
+@pytest.mark.slow
 def test_a_killed_run_ends_in_equal_bits(folder: Path) -> None:
     found = recipe.check_resume(config(folder, early_stopping=1, log_to=[]), steps=4)
     assert found.status == "passed", found.measure
@@ -42,6 +43,12 @@ def die(settings: RunConfig, file: Path, *, step: int) -> None:
 
     with pytest.raises(Died):
         finetune(settings, on_event=stop)
+
+
+def test_a_run_that_broke_off_ends_in_equal_bits(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recipe, "kill", die)
+    found = recipe.check_resume(config(folder), steps=4)
+    assert found.status == "passed", found.measure
 
 
 @pytest.mark.parametrize(
