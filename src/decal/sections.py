@@ -82,6 +82,9 @@ class TrainConfig(Settings):
     gradient_checkpointing: bool = Field(
         default=False, description="Layers are computed again in backward: less memory, more time, equal results."
     )
+    check: bool = Field(
+        default=True, description="Begin a new run with the quick checks ([checks.md](checks.md)): some seconds."
+    )
     device: str = Field(default="auto", description="`cpu`, `cuda`, `cuda:1`; `auto`: a GPU if there is one.")
     seed: int = Field(default=0, description="Of the order of rows, held-out rows, the adapter's start and dropout.")
     eval_every: int | None = Field(default=None, ge=1, description="Steps between evaluations; null: an epoch.")

@@ -15,7 +15,9 @@ import decal
 from decal.cli import (
     bench,
     chat,
+    check,
     console,
+    doctor,
     generate,
     inspect,
     merge,
@@ -33,6 +35,7 @@ from decal.reading import because, one_line
 INTERRUPTED = 128 + signal.SIGINT
 COMMANDS = {  # with what the list of commands says of each, in that order
     quickstart: "See it work: fine-tune the bundled model in minutes.",
+    check: "Try a run before you start it: rows, mask, gradients.",
     train: "Fine-tune a model on your rows.",
     report: "A run as one page: curves, data, advice.",
     generate: "Answer prompts; base and adapters side by side.",
@@ -44,6 +47,7 @@ COMMANDS = {  # with what the list of commands says of each, in that order
     targets: "Which layers an adapter would change.",
     params: "What an adapter of each rank costs.",
     bench: "How fast a training step is on this machine.",
+    doctor: "This machine: versions, room, whether kernels are right.",
 }
 
 app = typer.Typer(

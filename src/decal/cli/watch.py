@@ -36,6 +36,7 @@ class Watch:
             expand=True,
         )
         self._task: TaskID | None = None
+        self._checks: list[dict[str, Any]] = []
         self._last_line = 0.0
         self._stage = ""
 
@@ -52,6 +53,11 @@ class Watch:
         self._bar.stop()
 
     def __call__(self, event: dict[str, Any]) -> None:
+        if event["kind"] == "check":
+            self._checks.append(event)
+        elif self._checks:
+            self._print(Text(checks(self._checks), style="dim"))
+            self._checks = []
         show = {
             "start": self._start,
             "resume": self._start,
@@ -141,6 +147,12 @@ def what_is_trained(config: RunConfig, manifest: dict[str, Any]) -> str:
     kind = "DoRA" if lora.use_dora else "rsLoRA" if lora.use_rslora else "LoRA"
     targets = lora.target_modules if isinstance(lora.target_modules, str) else ", ".join(lora.target_modules or ())
     return f"{kind} r={lora.r} alpha={lora.lora_alpha:g} on {targets}: {share}\n{where}, lr {config.train.lr:g}"
+
+
+def checks(events: list[dict[str, Any]]) -> str:
+    """Return what came of a run's first checks in one line; a failed one would have ended the run."""
+    done = [event for event in events if event["status"] == "passed"]
+    return f"checks: {len(done)} passed in {sum(event['seconds'] for event in events):.1f} s"
 
 
 def ledger(facts: dict[str, Any]) -> str:

@@ -12,6 +12,8 @@ from typing import Any
 from torch import nn
 
 from decal import rundir
+from decal.checks import preflight
+from decal.checks.result import require
 from decal.data.ledger import Ledger
 from decal.evaluate.loss import evaluate
 from decal.model.lean import lean
@@ -58,11 +60,15 @@ def finetune(
     run = RunDir(Path(config.output))
     checkpoint = start.starting_point(run, config, resume=resume)
     job = prepare(config, resumed=run if resume else None)
+    checked = preflight.short(job) if config.train.check and not resume else []
+    require(checked)
     facts = manifest.facts(job)
 
     start.open_folder(run, config, facts, checkpoint=checkpoint, resume=resume)  # from here on the run exists
     with page.at_the_end(run), logs.reporting(run, config, on_event) as report:
         report("resume" if checkpoint else "start", model=config.model, **facts["parameters"])
+        for check in checked:
+            report("check", **check.fields())
         for note in () if checkpoint else job.notes:
             report("note", text=note)
         with lean(job.model):  # equal results, less kept for backward

@@ -27,18 +27,22 @@ def build(
     """
     groups = parameter_groups(model, config)
     device: torch.device = groups[0]["params"][0].device
+    optimizer = resident(groups, config)
     kind = config.optimizer.removeprefix(PAGED)
-    optimizer: torch.optim.AdamW | AdamW8bit
-    if kind == "adamw8bit":
-        optimizer = AdamW8bit(groups, lr=config.lr, betas=config.betas)
-    else:
-        optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=device.type in FUSED)
     if kind == config.optimizer:
         return optimizer
     if device.type != "cuda":
         say(f"train.optimizer={config.optimizer} pages on a CUDA card only; here it is {kind}, with equal results")
         return optimizer
     return Paged(optimizer, device=device, free=partial(free_bytes, device), say=say)
+
+
+def resident(groups: list[dict[str, Any]], config: TrainConfig) -> torch.optim.AdamW | AdamW8bit:
+    """Return `config.optimizer` over such groups, with its states where the parameters are."""
+    if config.optimizer.removeprefix(PAGED) == "adamw8bit":
+        return AdamW8bit(groups, lr=config.lr, betas=config.betas)
+    device: torch.device = groups[0]["params"][0].device
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=device.type in FUSED)
 
 
 def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:

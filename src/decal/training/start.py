@@ -17,6 +17,7 @@ from decal.training.optim import PAGED
 FREE = frozenset(
     {
         "output",
+        "train.check",
         "train.device",
         "train.log_to",
         "train.keep",
