@@ -12,12 +12,13 @@ from typing import Annotated
 import typer
 
 import decal
-from decal.cli import chat, console, generate, inspect, merge, params, quantize, quickstart, targets, train
+from decal.cli import chat, console, generate, inspect, merge, params, plan, quantize, quickstart, targets, train
 from decal.errors import DecalError, nearest
 
 INTERRUPTED = 128 + signal.SIGINT
 COMMANDS = {  # with what the list of commands says of each, in that order
     quickstart: "See it work: fine-tune the bundled model in minutes.",
+    plan: "What a run will take, and whether it fits.",
     train: "Fine-tune a model on your rows.",
     generate: "Answer prompts; base and adapters side by side.",
     chat: "Talk with a model and its adapter.",

@@ -82,27 +82,28 @@ class Counted:
 
 
 def training_step(model: Any, wanted: Wanted) -> Counted:
-    """Count one step of training in its steady state: the optimizer's states are there. `model` is empty.trainable's."""
-    return _deepened(model, wanted, trains=True)
+    """Count one step of training in its steady state: the optimizer's states are there. `model` is empty.trainable's.
+
+    It is counted at two small depths, and the line is drawn on to all layers.
+    """
+    kinds = empty.alike(model)
+    small, large = empty.depths(kinds)
+    first = _count(model, wanted, depth=small, upper=large - small)
+    if small == large:
+        return first
+    return first.plus(_count(model, wanted, depth=large, upper=large - small), (len(kinds) - small) / (large - small))
 
 
 def evaluation(model: Any, wanted: Wanted) -> Counted:
-    """Count the evaluation of one micro-batch between two steps."""
-    return _deepened(model, wanted, trains=False)
+    """Count the evaluation of one micro-batch, without the weights: what it holds beside them knows no depth."""
+    depth, _ = empty.depths(empty.alike(model))
+    return _count(model, wanted, depth=depth, trains=False)
 
 
-def _deepened(model: Any, wanted: Wanted, *, trains: bool) -> Counted:
-    """Count at two small depths and draw the line on to all layers."""
-    kinds = empty.alike(model)
-    small, large = empty.depths(kinds)
-    counted = []
+def _count(model: Any, wanted: Wanted, *, depth: int, upper: int = 1, trains: bool = True) -> Counted:
     rows = batch(wanted)
-    for depth in {small: None, large: None}:
-        with empty.cut(model, depth), _without_values(), empty.lifted(model):
-            counted.append(_Run(model=model, wanted=wanted, batch=rows, upper=max(large - small, 1)).count(trains=trains))
-    if small == large:
-        return counted[0]
-    return counted[0].plus(counted[1], (len(kinds) - small) / (large - small))
+    with empty.cut(model, depth), _without_values(), empty.lifted(model):
+        return _Run(model=model, wanted=wanted, batch=rows, upper=max(upper, 1)).count(trains=trains)
 
 
 @contextmanager

@@ -45,6 +45,10 @@ class Trace(TorchDispatchMode):
         self.moved = 0  # bytes read and written by all else
         self._live: dict[int, tuple[weakref.ref[Any], Block]] = {}
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled here, and torch's guard against it is half the time of an operation
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
