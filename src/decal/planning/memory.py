@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from torch import nn
+
 from decal.files.checkpoint import SHARD
+from decal.layers.adapted import AdaptedLinear
 from decal.layers.coded import Coded, uncounted
 from decal.model.targets import original
 from decal.planning import empty, shapes
@@ -59,6 +62,11 @@ class Forecast:
         most = max(phase.peak for phase in self.phases)
         return int(most * (1 + RESERVE)) + CONTEXT if self.wanted.device == "cuda" else most
 
+    @property
+    def resident(self) -> int:
+        """Bytes of resident memory that training on a CPU adds to the process."""
+        return self.peak
+
     def phase(self, name: str) -> Phase:
         return next(phase for phase in self.phases if phase.name == name)
 
@@ -69,8 +77,7 @@ def forecast(wanted: Wanted) -> Forecast:
     step = shapes.training_step(model, wanted)
     parameters, config = list(model.parameters()), model.config.get_text_config()
     training = _phase("training", step, wanted)
-    measured = _phase("evaluation", shapes.evaluation(model, wanted), wanted)
-    evaluation = Phase(name="evaluation", parts=measured.parts | still(training))
+    evaluation = _evaluation(model, training, wanted)
     return Forecast(
         wanted=wanted,
         phases=(training, evaluation, _saving(training, wanted), _merging(model, wanted)),
@@ -87,6 +94,14 @@ def _phase(name: str, counted: Counted, wanted: Wanted) -> Phase:
     if wanted.device == "cuda":
         parts[WORKSPACE] += CUBLAS
     return Phase(name=name, parts=parts)
+
+
+def _evaluation(model: Any, training: Phase, wanted: Wanted) -> Phase:
+    held = dict.fromkeys(PARTS, 0) | still(training)
+    if not wanted.evaluates:
+        return Phase(name="evaluation", parts=held)
+    rows = replace(wanted, length=wanted.eval_length or wanted.length)
+    return Phase(name="evaluation", parts=_phase("", shapes.evaluation(model, rows), wanted).parts | still(training))
 
 
 def still(training: Phase) -> dict[str, int]:
@@ -107,14 +122,15 @@ def _merging(model: Any, wanted: Wanted) -> Phase:
     """`decal merge` sums one weight at a time on the host: a file that fills up, and one weight's wide copies."""
     if wanted.full:
         return Phase(name="merging", parts=dict.fromkeys(PARTS, 0))
-    sizes, edges, widest = 0, 0, 0
-    for module in model.modules():
-        for parameter in module.parameters(recurse=False):
-            weights = module.weights if isinstance(module, Coded) else parameter.numel()
-            if parameter.requires_grad or (isinstance(module, Coded) and parameter is module.scales):
-                continue
-            sizes += 2 * weights
-            widest = max(widest, weights)
+    counts = [m.weights if isinstance(m, Coded) else m.weight.numel() for m in _matrices(model)]
+    adapted = [m for m in model.modules() if isinstance(m, AdaptedLinear)]
+    widest = max((m.in_features * m.out_features for m in adapted), default=0)
     inner = model.get_base_model()
     edges = sum(p.numel() * 2 for p in original(inner.get_input_embeddings()).parameters())
-    return Phase(name="merging", parts=dict.fromkeys(PARTS, 0), host=edges + min(sizes, SHARD) + 3 * 4 * widest)
+    return Phase(name="merging", parts=dict.fromkeys(PARTS, 0), host=edges + min(2 * sum(counts), SHARD) + 3 * 4 * widest)
+
+
+def _matrices(model: nn.Module) -> list[Any]:
+    """Return the frozen layers that have a weight of two dimensions or codes of one."""
+    held = [m for m in model.modules() if isinstance(getattr(m, "weight", None), nn.Parameter)]
+    return [m for m in held if not m.weight.requires_grad and (isinstance(m, Coded) or m.weight.dim() > 1)]

@@ -261,7 +261,7 @@ def batch(wanted: Wanted) -> Batch:
     ids = torch.zeros(shape, dtype=torch.long)
     labels = torch.zeros(shape, dtype=torch.long)
     if wanted.loss_rows is not None:
-        labels.flatten()[wanted.loss_rows :] = IGNORE
+        labels.view(-1)[wanted.loss_rows + 1 :] = IGNORE  # a row's first label is no target
     positions = None
     if wanted.packed and wanted.length > 1:
         half = wanted.length // 2

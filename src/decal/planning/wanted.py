@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
+from decal.data.batch import Batch
 from decal.spec import LoraConfig, QuantConfig, RunConfig, TrainConfig
 
 Device = Literal["cpu", "cuda"]
@@ -29,7 +30,8 @@ class Wanted:
     revision: str | None = None
     quantize: QuantConfig | None = None
     loss_rows: int | None = None
-    eval_length: int | None = None
+    eval_length: int | None = None  # None: as in training
+    evaluates: bool = True
 
     @property
     def full(self) -> bool:
@@ -46,16 +48,36 @@ class Wanted:
         return self.full or (self.numbers == "fp32" and self.device != "cpu")
 
 
-def of_run(config: RunConfig, *, device: Device, numbers: Numbers, length: int | None = None) -> Wanted:
-    """Return what a run's settings want, its rows as long as they may be unless `length` says otherwise."""
-    return Wanted(
+def of_run(
+    config: RunConfig,
+    *,
+    device: Device,
+    numbers: Numbers,
+    batch: Batch | None = None,
+    eval_length: int | None = None,
+    evaluates: bool = True,
+) -> Wanted:
+    """Return what a run's settings want: the largest micro-batch is `batch`, or as large as the settings allow."""
+    found = Wanted(
         model=config.model,
         revision=config.revision,
         lora=config.lora,
         train=config.train,
         quantize=config.quantize,
-        length=length or config.data.max_length,
+        length=config.data.max_length,
         packed=config.data.packing,
         device=device,
         numbers=numbers,
+        eval_length=eval_length,
+        evaluates=evaluates,
+    )
+    if batch is None:
+        return found
+    rows, length = batch.input_ids.shape
+    return replace(
+        found,
+        train=config.train.model_copy(update={"micro_batch": rows}),
+        length=length,
+        packed=batch.position_ids is not None,
+        loss_rows=batch.loss_tokens,
     )

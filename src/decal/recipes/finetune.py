@@ -15,6 +15,7 @@ from decal import rundir
 from decal.data.ledger import Ledger
 from decal.evaluate.loss import evaluate
 from decal.model.lean import lean
+from decal.planning.grading import Grader
 from decal.rundir import RunDir
 from decal.spec import RunConfig
 from decal.training import logs, loop, manifest, start, state
@@ -54,14 +55,16 @@ def finetune(
     began = time.perf_counter()
     run = RunDir(Path(config.output))
     checkpoint = start.starting_point(run, config, resume=resume)
-    job = prepare(config, resumed=run if resume else None)
+    grader = Grader()
+    job = prepare(config, resumed=run if resume else None, before_weights=grader.foresee)
     facts = manifest.facts(job)
 
     start.open_folder(run, config, facts, checkpoint=checkpoint, resume=resume)  # from here on the run exists
     with logs.reporting(run, config, on_event) as report:
         report("resume" if checkpoint else "start", model=config.model, **facts["parameters"])
-        for note in () if checkpoint else job.notes:
+        for note in () if checkpoint else (*job.notes, *grader.notes):
             report("note", text=note)
+        grader.begin()
         with lean(job.model):  # equal results, less kept for backward
             progress = loop.train(
                 job.model,
@@ -76,13 +79,16 @@ def finetune(
                 resume=checkpoint,
                 wrap=wrap,
             )
+        graded = grader.grade([event for event in run.events() if event["kind"] == "step"])
+        if graded is not None:
+            report("plan", step=progress.step, **graded)
         kept = state.keep_best(run, progress, job.model)
         if kept != progress.step:
             report("note", step=progress.step, text=f"kept the weights of step {kept}: its evaluation was the best")
         result = save(run.adapter if config.train.method == "lora" else run.model, job)
         report("end", step=progress.step, kept=kept, path=str(result))
     outcome = manifest.outcome(run, progress, kept=kept, seconds=time.perf_counter() - began)
-    run.write_manifest({**facts, "outcome": outcome})
+    run.write_manifest({**facts, "plan": graded, "outcome": outcome})
     return summary(run, result, job.data.ledger, facts["parameters"]["trainable"], outcome)
 
 
