@@ -133,9 +133,7 @@ class Case:
 
 
 CHECKPOINTED = {"gradient_checkpointing": True}
-SHAPES = {
-    name: value for name, value in list(globals().items()) if name.isupper() and isinstance(value, dict)
-}
+SHAPES = {name: value for name, value in list(globals().items()) if name.isupper() and isinstance(value, dict)}
 CPU = [
     Case(family="Llama", shape="LLAMA_135M"),
     Case(family="Llama", shape="LLAMA_135M", rows=2, length=256),

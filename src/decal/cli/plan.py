@@ -131,9 +131,7 @@ def _card(name: str | None, tflops: float | None) -> Card | None:
     return cards.Card(name=f"{tflops:g} TFLOP/s", memory=0, tflops=tflops, bandwidth=4.5 * tflops, source="--tflops")
 
 
-def _wanted(
-    config: RunConfig, device: Device | None, room: int | None, card: Card | None
-) -> tuple[Wanted, int | None]:
+def _wanted(config: RunConfig, device: Device | None, room: int | None, card: Card | None) -> tuple[Wanted, int | None]:
     """Return what is planned and the room there is: what was given, the card's, or this machine's."""
     import psutil
     import torch

@@ -42,7 +42,9 @@ CARDS = {
     card.name: card
     for card in (
         Card(name="h200", memory=139.8, tflops=674, bandwidth=4060, source="measured: products of an 8B layer, a copy"),
-        Card(name="h100", memory=79.1, tflops=640, bandwidth=2880, source="copy measured; rate as an H200's, less power"),
+        Card(
+            name="h100", memory=79.1, tflops=640, bandwidth=2880, source="copy measured; rate as an H200's, less power"
+        ),
         _sheet("b200", 178.4, 2250, 8000),
         _sheet("a100-80", 79.1, 312, 2039),
         _sheet("a100-40", 39.4, 312, 1555),

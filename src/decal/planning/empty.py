@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -95,23 +96,28 @@ def alike(model: nn.Module) -> list[tuple[object, ...]]:
     ]
 
 
-def depths(kinds: list[tuple[object, ...]]) -> tuple[int, int]:
-    """Return two depths, the smaller first, whose difference is one period of the layers; both all where none is seen.
+@dataclass(frozen=True, kw_only=True)
+class Depth:
+    """How many layers are counted, which of them stand for others, and how many times more."""
 
-    What two models of these depths differ in, every further period adds again.
-    """
+    layers: int
+    middle: tuple[int, int]  # first, and one after the last
+    copies: int
+
+
+def depth(kinds: list[tuple[object, ...]]) -> Depth:
+    """Return the smallest depth that shows all: one period of like layers between two others; all where none is seen."""
     count = len(kinds)
-    for period in range(1, count // 2 + 1):
+    for period in range(1, count // 4 + 1):
         start = count
         while start > period and kinds[start - 1] == kinds[start - 1 - period]:
             start -= 1
-        start -= period  # from here on every layer is like the one a period later
-        smaller = start + period
-        smaller += (count - smaller) % period
-        smaller = max(smaller, 2) if (count - max(smaller, 2)) % period == 0 else smaller + period
-        if smaller + period < count:
-            return smaller, smaller + period
-    return count, count
+        start = max(start - period, 0)  # from here on every layer is like the one a period later
+        copies = (count - start) // period - 3
+        if copies > 0:
+            layers = count - copies * period
+            return Depth(layers=layers, middle=(layers - 2 * period, layers - period), copies=copies)
+    return Depth(layers=count, middle=(0, 0), copies=0)
 
 
 @contextmanager

@@ -79,9 +79,7 @@ class Grader:
         peak = torch.cuda.max_memory_allocated(self._device) if cuda else rss.peak() - self._before
         seconds = [step["seconds"] for step in steps]
         per_token = median(step["seconds"] / step["tokens"] for step in steps[1:] or steps)
-        total = time.corrected(
-            seconds[0], tokens=steps[0]["tokens"], all_tokens=sum(step["tokens"] for step in steps)
-        )
+        total = time.corrected(seconds[0], tokens=steps[0]["tokens"], all_tokens=sum(step["tokens"] for step in steps))
         largest = self._pace.tokens
         said = self._forecast.peak if cuda else self._forecast.resident
         return {
@@ -133,12 +131,16 @@ def too_large(forecast: Forecast, room: int) -> str:
     """Return the note on a run that will hardly fit."""
     ways = change.that_fit(forecast, room)
     what = "the card has" if forecast.wanted.device == "cuda" else "is free here"
-    text = f"this run needs about {gib(forecast.needed)} GiB, and {gib(room)} GiB {what}" if what.startswith("is") else (
-        f"this run needs about {gib(forecast.needed)} GiB, and {what} {gib(room)} GiB"
+    text = (
+        f"this run needs about {gib(forecast.needed)} GiB, and {gib(room)} GiB {what}"
+        if what.startswith("is")
+        else (f"this run needs about {gib(forecast.needed)} GiB, and {what} {gib(room)} GiB")
     )
     if not ways:
         return f"{text}: take a smaller model or a larger machine"
-    return f"{text}. It would fit with " + ", or with ".join(f"{way.settings} ({gib(way.forecast.needed)} GiB)" for way in ways)
+    return f"{text}. It would fit with " + ", or with ".join(
+        f"{way.settings} ({gib(way.forecast.needed)} GiB)" for way in ways
+    )
 
 
 def error(said: float, seen: float) -> float | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from torch import nn
@@ -11,7 +12,7 @@ from decal.files.checkpoint import SHARD
 from decal.layers.adapted import AdaptedLinear
 from decal.layers.coded import Coded, uncounted
 from decal.model.targets import original
-from decal.planning import empty, shapes
+from decal.planning import empty, heap, shapes
 from decal.planning.shapes import EDGES, FROZEN, OPTIMIZER, PARTS, TRAINED, WORKSPACE, Counted
 from decal.planning.wanted import Wanted
 
@@ -60,12 +61,14 @@ class Forecast:
     def needed(self) -> int:
         """Bytes that the device must have: on a card, what lies outside the allocator and its holes are added."""
         most = max(phase.peak for phase in self.phases)
-        return int(most * (1 + RESERVE)) + CONTEXT if self.wanted.device == "cuda" else most
+        if self.wanted.device == "cuda":
+            return int(most * (1 + RESERVE)) + CONTEXT
+        return most + max(0, self.resident - self.phase("training").peak)
 
-    @property
+    @cached_property
     def resident(self) -> int:
-        """Bytes of resident memory that training on a CPU adds to the process."""
-        return self.peak
+        """Bytes of resident memory that training on a CPU adds to the process: tensors, and holes between them."""
+        return heap.resident(self.work.blocks, self.work.first)
 
     def phase(self, name: str) -> Phase:
         return next(phase for phase in self.phases if phase.name == name)
@@ -90,7 +93,7 @@ def forecast(wanted: Wanted) -> Forecast:
 
 
 def _phase(name: str, counted: Counted, wanted: Wanted) -> Phase:
-    parts = {part: round(size) for part, size in counted.peak.parts.items()}
+    parts = {part: round(size) for part, size in counted.parts.items()}
     if wanted.device == "cuda":
         parts[WORKSPACE] += CUBLAS
     return Phase(name=name, parts=parts)
@@ -127,7 +130,9 @@ def _merging(model: Any, wanted: Wanted) -> Phase:
     widest = max((m.in_features * m.out_features for m in adapted), default=0)
     inner = model.get_base_model()
     edges = sum(p.numel() * 2 for p in original(inner.get_input_embeddings()).parameters())
-    return Phase(name="merging", parts=dict.fromkeys(PARTS, 0), host=edges + min(2 * sum(counts), SHARD) + 3 * 4 * widest)
+    return Phase(
+        name="merging", parts=dict.fromkeys(PARTS, 0), host=edges + min(2 * sum(counts), SHARD) + 3 * 4 * widest
+    )
 
 
 def _matrices(model: nn.Module) -> list[Any]:

@@ -5,8 +5,8 @@ and optimizer step run under torch's fake tensors, which have shapes and no memo
 storage format and way of recomputing is counted by the code that will run, not by a formula.
 
 All tensors lie on the CPU: torch cannot hold fake ones of a card that is not there. Inside the run decal's code and
-the kernels' table take the ways of the planned device. Layers that are alike are counted once: two models that differ
-by one period of their layers give what each further period adds.
+the kernels' table take the ways of the planned device. Of layers that are alike, three are counted and the
+middle one stands for the others (deepen.py).
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -26,6 +25,7 @@ from decal.evaluate.loss import evaluating
 from decal.model.lean import lean
 from decal.ops import adam8, select, workspace
 from decal.planning import empty
+from decal.planning.deepen import Middle, deepened
 from decal.planning.traced import Block, Trace, live_at, peak
 from decal.planning.wanted import Wanted
 from decal.training import adamw8bit, head, optim, step
@@ -41,69 +41,36 @@ STEP_8BIT = 32  # bytes for each element of AdamW8bit's pieces: gradient, weight
 
 
 @dataclass(frozen=True, kw_only=True)
-class Moment:
-    """What lives at the peak of one stretch of a step, in bytes by part."""
+class Counted:
+    """One step, counted: what lived when, and its work. Weights and states were there at its beginning."""
 
-    parts: dict[str, float]
+    blocks: list[Block]
+    first: int  # operation
+    last: int
+    parts: dict[str, int]  # at the peak, in bytes
+    flops: float
+    moved: float  # bytes, by what is no matrix product
+    operations: int
 
     @property
-    def total(self) -> float:
+    def peak(self) -> int:
         return sum(self.parts.values())
 
 
-@dataclass(frozen=True, kw_only=True)
-class Counted:
-    """One step, counted. `moments` are the peaks of its stretches in their order; work of all its micro-batches."""
-
-    moments: tuple[Moment, ...]
-    flops: float
-    moved: float  # bytes, by what is no matrix product
-    operations: float
-
-    @property
-    def peak(self) -> Moment:
-        return max(self.moments, key=lambda moment: moment.total)
-
-    def plus(self, other: Counted, times: float) -> Counted:
-        """Return self + times * (other - self), stretch by stretch."""
-
-        def mixed(a: float, b: float) -> float:
-            return a + times * (b - a)
-
-        return Counted(
-            moments=tuple(
-                Moment(parts={part: mixed(a.parts[part], b.parts[part]) for part in PARTS})
-                for a, b in zip(self.moments, other.moments, strict=True)
-            ),
-            flops=mixed(self.flops, other.flops),
-            moved=mixed(self.moved, other.moved),
-            operations=mixed(self.operations, other.operations),
-        )
-
-
 def training_step(model: Any, wanted: Wanted) -> Counted:
-    """Count one step of training in its steady state: the optimizer's states are there. `model` is empty.trainable's.
-
-    It is counted at two small depths, and the line is drawn on to all layers.
-    """
-    kinds = empty.alike(model)
-    small, large = empty.depths(kinds)
-    first = _count(model, wanted, depth=small, upper=large - small)
-    if small == large:
-        return first
-    return first.plus(_count(model, wanted, depth=large, upper=large - small), (len(kinds) - small) / (large - small))
+    """Count one step of training in its steady state: the optimizer's states are there. `model` is empty.trainable's."""
+    return _count(model, wanted, trains=True)
 
 
 def evaluation(model: Any, wanted: Wanted) -> Counted:
-    """Count the evaluation of one micro-batch, without the weights: what it holds beside them knows no depth."""
-    depth, _ = empty.depths(empty.alike(model))
-    return _count(model, wanted, depth=depth, trains=False)
+    """Count the evaluation of one micro-batch between two steps, without the optimizer's states."""
+    return _count(model, wanted, trains=False)
 
 
-def _count(model: Any, wanted: Wanted, *, depth: int, upper: int = 1, trains: bool = True) -> Counted:
-    rows = batch(wanted)
-    with empty.cut(model, depth), _without_values(), empty.lifted(model):
-        return _Run(model=model, wanted=wanted, batch=rows, upper=max(upper, 1)).count(trains=trains)
+def _count(model: Any, wanted: Wanted, *, trains: bool) -> Counted:
+    rows, depth = batch(wanted), empty.depth(empty.alike(model))
+    with empty.cut(model, depth.layers), _without_values(), empty.lifted(model):
+        return _Run(model=model, wanted=wanted, batch=rows, depth=depth).count(trains=trains)
 
 
 @contextmanager
@@ -119,15 +86,16 @@ def _without_values() -> Iterator[None]:
 
 @dataclass
 class _Run:
-    """One run of a step at one depth. `upper` layers are as many as a period has."""
+    """One run of a step, at a depth that stands for the whole."""
 
     model: Any
     wanted: Wanted
     batch: Batch
-    upper: int
+    depth: empty.Depth
     begun: list[int] = field(default_factory=list)  # when each layer's forward began
     back: list[int] = field(default_factory=list)  # when each layer's backward began, the last layer first
-    edges: list[int] = field(default_factory=list)  # between the other stretches
+    first: int = 0  # when the step began
+    ended: int = 0  # when its backward, or evaluation, ended
     watching: bool = True
 
     def __post_init__(self) -> None:
@@ -135,42 +103,44 @@ class _Run:
         self.precision = Precision(name=self.wanted.numbers, device=torch.device("cpu"))
         self.loss = SFT(chunked=chunks(self.model))
         self.vocabulary = _vocabulary(self.model)
+        stands = list(empty.layers(self.model))[slice(*self.depth.middle)]
+        self.middle = {id(p) for layer in stands for p in layer.parameters()}
 
     def count(self, *, trains: bool) -> Counted:
         with select.planned(self.wanted.device), lean(self.model), self._watched(), self.trace:
             self._see_weights()
             optimizer = self._optimizer() if trains else None
-            self.trace.start()
-            self.edges.append(self.trace.now)
+            self.first = self.trace.now
             if optimizer is None:
                 with evaluating(self.model), self.precision.autocast():
                     self.loss(self.model, self.batch)
+                self.ended = self.trace.now
             else:
                 self._train(optimizer)
-            self.edges.append(self.trace.now)
         return self._counted()
 
     def _see_weights(self) -> None:
         edges = {id(p) for p in _edges(self.model)}
         for parameter in self.model.parameters():
             frozen = EDGES if id(parameter) in edges else FROZEN
-            self.trace.see(parameter, TRAINED if parameter.requires_grad else frozen)
+            part = TRAINED if parameter.requires_grad else frozen
+            self.trace.see(parameter, part, middle=id(parameter) in self.middle)
         for buffer in self.model.buffers():
             self.trace.see(buffer, FROZEN)
 
     def _optimizer(self) -> Any:
         """Return the optimizer as a first step leaves it."""
         optimizer = optim.build(self.model, self.wanted.train)
-        for group in optimizer.param_groups:
-            for p in group["params"]:
-                p.grad = torch.empty_like(p)
+        weights = [p for group in optimizer.param_groups for p in group["params"]]
+        for p in weights:
+            p.grad = torch.empty_like(p)
         if isinstance(optimizer, AdamW8bit):
-            optimizer.make_states([p for group in optimizer.param_groups for p in group["params"]])
+            optimizer.make_states(weights)
         else:
             optimizer.step()
-        for state in optimizer.state.values():
+        for p, state in optimizer.state.items():
             for value in state.values():
-                self.trace.see(value, OPTIMIZER)
+                self.trace.see(value, OPTIMIZER, middle=id(p) in self.middle)
         optimizer.zero_grad(set_to_none=True)
         return optimizer
 
@@ -179,12 +149,13 @@ class _Run:
         rounds = 2 if self.wanted.train.accumulate > 1 else 1  # in the second, gradients are there from the start
         for number in range(rounds):
             self.watching = number == rounds - 1
-            self.edges[0] = self.trace.start()
+            self.first = self.trace.now
             step.backward(self.model, [self.batch], self.loss, scaler, precision=self.precision)
             for p in self.model.parameters():
                 if p.grad is not None:
-                    self.trace.see(p.grad, GRADIENTS)
-        self.edges.append(self.trace.now)
+                    there = not self.watching and id(p) in self.middle  # else the copies' come with their backward
+                    self.trace.see(p.grad, GRADIENTS, middle=there)
+        self.ended = self.trace.now
         weights = [p for p in self.model.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm([p.grad for p in weights])
         torch.nn.utils.clip_grads_with_norm_(weights, self.wanted.train.max_grad_norm, norm)
@@ -222,32 +193,53 @@ class _Run:
                 handle.remove()
 
     def _counted(self) -> Counted:
-        begin, *rest = self.edges
-        cuts = [begin]
-        if self.begun:
-            cuts.append(self.begun[0])
+        trace, middle = self.trace, self._middle()
+        back_from = self.back[0] if self.back else self.ended
+        blocks = deepened(trace.blocks, middle, back_from=back_from)
+        last = middle.moved(trace.now)
+        _, when = peak(blocks, self.first, last)
+        turned = middle.moved(back_from - 1) + 1
+        parts = dict.fromkeys(PARTS, 0)
+        for block in live_at(blocks, when):
+            parts[self._part(block, turned)] += block.bytes
+        return Counted(
+            blocks=blocks,
+            first=self.first,
+            last=last,
+            parts=parts,
+            flops=self._work(trace.flops, middle),
+            moved=self._work(trace.moved, middle),
+            operations=last - self.first,
+        )
+
+    def _middle(self) -> Middle:
+        """Return where the layers lie that stand for others."""
+        (low, high), count = self.depth.middle, self.depth.layers
+        seen = len(self.begun) == count and len(self.back) in (0, count)
+        assert seen or not self.depth.copies, "each layer's forward and backward begin once"
+        if not self.depth.copies:
+            return Middle(forward=(0, 0), backward=(self.trace.now + 1,) * 2, copies=0)
+        backward = (self.ended, self.ended)
         if self.back:
-            cuts += [self.back[0], self.back[min(self.upper, len(self.back) - 1)]]
-        cuts += rest
-        moments = tuple(self._moment(first, last) for first, last in pairwise(cuts))
-        trace = self.trace
-        return Counted(moments=moments, flops=trace.flops, moved=trace.moved, operations=trace.now - begin)
+            backward = (self.back[count - high], self.back[count - low])
+        return Middle(forward=(self.begun[low], self.begun[high]), backward=backward, copies=self.depth.copies)
 
-    def _moment(self, first: int, last: int) -> Moment:
-        _, when = peak(self.trace.blocks, first, last)
-        parts = dict.fromkeys(PARTS, 0.0)
-        for block in live_at(self.trace.blocks, when):
-            parts[self._part(block, when)] += block.bytes
-        return Moment(parts=parts)
+    def _work(self, done: list[tuple[int, int]], middle: Middle) -> int:
+        stretches = (middle.forward, middle.backward)
+        return sum(
+            work * (1 + middle.copies * any(first < when <= last for first, last in stretches))
+            for when, work in done
+            if when > self.first
+        )
 
-    def _part(self, block: Block, when: int) -> str:
+    def _part(self, block: Block, turned: int) -> str:
         """Return what a block is: named, or judged by its life and shape."""
         if block.part is not None:
             return block.part
         if block.shape and block.shape[-1] == self.vocabulary:
             return LOGITS
-        outlives = block.died is not None and self.back and block.born <= self.back[0] < block.died
-        return ACTIVATIONS if outlives or when < block.born else WORKSPACE
+        kept = block.born < turned and (block.died is None or turned < block.died)
+        return ACTIVATIONS if kept and self.back else WORKSPACE
 
 
 def chunks(model: nn.Module) -> bool:

@@ -31,6 +31,7 @@ class Block:
     died: int | None = None
     part: str | None = None
     shape: tuple[int, ...] = ()
+    middle: bool = False  # of the layer that stands for others (see deepen.py)
 
 
 class Trace(TorchDispatchMode):
@@ -41,8 +42,8 @@ class Trace(TorchDispatchMode):
         self.card = card
         self.blocks: list[Block] = []
         self.now = 0
-        self.flops = 0  # of matrix products and attention
-        self.moved = 0  # bytes read and written by all else
+        self.flops: list[tuple[int, int]] = []  # of matrix products and attention: (when, how many)
+        self.moved: list[tuple[int, int]] = []  # bytes read and written by all else
         self._live: dict[int, tuple[weakref.ref[Any], Block]] = {}
 
     @classmethod
@@ -66,22 +67,19 @@ class Trace(TorchDispatchMode):
         self._count(func, args, kwargs, inputs, outputs, out)
         return out
 
-    def start(self) -> int:
-        """Count work from here on; return the time."""
-        self.flops = self.moved = 0
-        return self.now
-
-    def see(self, tensor: Tensor, part: str | None = None) -> Block:
-        """Return the block of a tensor's storage, which is new if it has not been seen."""
+    def see(self, tensor: Tensor, part: str | None = None, *, middle: bool = False) -> Block:
+        """Return the block of a tensor's storage, which is new if it has not been seen, and say what it is."""
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key in self._live:
             block = self._live[key][1]
         else:
-            block = Block(bytes=kernels.taken(storage.nbytes(), card=self.card), born=self.now, shape=tuple(tensor.shape))
+            block = Block(
+                bytes=kernels.taken(storage.nbytes(), card=self.card), born=self.now, shape=tuple(tensor.shape)
+            )
             self.blocks.append(block)
             self._live[key] = weakref.ref(storage, self._forgetting(key, block)), block
-        block.part = block.part or part
+        block.part, block.middle = block.part or part, block.middle or middle
         return block
 
     def _forgetting(self, key: int, block: Block) -> Callable[[Any], None]:
@@ -95,14 +93,12 @@ class Trace(TorchDispatchMode):
 
         return forget
 
-    def _count(
-        self, func: Any, args: Any, kwargs: Any, inputs: list[Tensor], outputs: list[Tensor], out: Any
-    ) -> None:
+    def _count(self, func: Any, args: Any, kwargs: Any, inputs: list[Tensor], outputs: list[Tensor], out: Any) -> None:
         work = kernels.flops(func, args, kwargs, out)
         if work:
-            self.flops += work
+            self.flops.append((self.now, work))
         elif not kernels.is_view(func):
-            self.moved += sum(kernels.size(x) for x in inputs) + sum(kernels.size(x) for x in outputs)
+            self.moved.append((self.now, sum(kernels.size(x) for x in (*inputs, *outputs))))
         extra = kernels.workspace(func, args, card=self.card)
         if extra:
             self.blocks.append(Block(bytes=extra, born=self.now, died=self.now + 1, part="workspace"))
@@ -146,5 +142,3 @@ def peak(blocks: Iterable[Block], first: int, last: int) -> tuple[int, int]:
         if moment >= first and (not started or total > best):
             best, when, started = total, moment, True
     return (best, when) if started else (total, first)
-
-

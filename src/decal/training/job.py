@@ -47,9 +47,7 @@ class Job:
 BeforeWeights = Callable[[RunConfig, Precision, Batches, InOrder | None], object]
 
 
-def prepare(
-    config: RunConfig, *, resumed: RunDir | None = None, before_weights: BeforeWeights | None = None
-) -> Job:
+def prepare(config: RunConfig, *, resumed: RunDir | None = None, before_weights: BeforeWeights | None = None) -> Job:
     """Return the job that the settings mean. Raises DecalError for whatever would not run.
 
     The cheapest is refused first: the device and a missing package; then the data, whose faults show in seconds (those
