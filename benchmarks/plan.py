@@ -219,11 +219,11 @@ def make(case: Case, folder: Path) -> None:
 
 def forecast(case: Case, folder: Path, device: str) -> dict[str, Any]:
     """Return what the plan says."""
+    import torch
+
     from decal.planning import cards, memory, wanted
     from decal.planning import time as planned
     from decal.training import precision
-
-    import torch
 
     numbers = precision.resolve("auto", torch.device(device))
     asked = wanted.of_run(config_of(case, folder, device), device=device, numbers=numbers.name)  # type: ignore[arg-type]
@@ -312,19 +312,23 @@ def run(case: Case, folder: Path, device: str) -> dict[str, Any]:
 
 def kernel_modules(case: Case) -> None:
     """Import what a run imports late, so that it is not taken for the run's memory."""
+    import torch
     import torch._dynamo
     import transformers
 
     getattr(transformers, f"{case.family}Config")
     if case.method == "qlora":
-        from decal.ops import nf4_numba  # noqa: F401
+        from decal.ops import nf4
+
+        for dtype in (torch.float32, torch.bfloat16):
+            nf4.dequantize(*nf4.quantize(torch.ones(1 << 18, dtype=dtype)), shape=(1 << 18,), dtype=dtype)
 
 
 def in_process(*words: str) -> Any:
     """Run this file again and return the JSON that it prints last."""
     done = subprocess.run([sys.executable, __file__, *words], capture_output=True, text=True, check=False)
     if done.returncode:
-        return {"error": done.stderr.strip().splitlines()[-1:] + [done.stderr[-2000:]]}
+        return {"error": [*done.stderr.strip().splitlines()[-1:], done.stderr[-2000:]]}
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 

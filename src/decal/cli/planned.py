@@ -26,7 +26,7 @@ def show_classic(*, as_json: bool) -> None:
     console.show(table)
     console.say(
         "\nLlama 2's shapes; weights, gradients and optimizer alone, before activations. GB is 10^9 bytes.\n"
-        f"LoRA and QLoRA: r={classic.RANK} on all linear layers; the adapter's weights, gradients and moments are fp32.\n"
+        f"LoRA and QLoRA: r={classic.RANK} on all linear layers; all of the adapter in fp32.\n"
         "decal plan MODEL counts all the rest, in GiB (2^30 bytes)."
     )
 

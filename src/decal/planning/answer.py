@@ -1,4 +1,4 @@
-"""The whole plan of a run: each phase, each way of recomputing, what fits, what would make it fit, how long it takes."""
+"""The whole plan of a run: phases, ways of recomputing, what fits, what would make it fit, how long it takes."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def cautions(way: Way, room: int | None) -> list[str]:
     longest = forecast.positions
     if longest is not None and forecast.wanted.length > longest:
         notes.append(
-            f"rows of {forecast.wanted.length:,} tokens are longer than the {longest:,} positions that the model knows: "
+            f"rows of {forecast.wanted.length:,} tokens are longer than the {longest:,} positions of the model: "
             "it can be run, but what lies beyond was never learnt"
         )
     if forecast.dtype_assumed:

@@ -9,7 +9,7 @@ import torch
 
 from decal.errors import ConfigError, nearest
 
-# Of a data sheet's dense 16-bit rate, what products of a training step keep up for seconds: 674 of 989 TFLOP/s, measured
+# Of a data sheet's dense 16-bit rate, what a training step's products keep up for seconds: 674 of 989 TFLOP/s, measured
 # on an H200 over the layers of an 8B model at 8192 rows; of its bandwidth, what a copy does: 4.06 of 4.8 TB/s there.
 RATE_SHARE, BANDWIDTH_SHARE = 0.68, 0.85
 

@@ -106,7 +106,7 @@ class Depth:
 
 
 def depth(kinds: list[tuple[object, ...]]) -> Depth:
-    """Return the smallest depth that shows all: one period of like layers between two others; all where none is seen."""
+    """Return the smallest depth that shows all: a period of like layers between two others, or all layers."""
     count = len(kinds)
     for period in range(1, count // 4 + 1):
         start = count

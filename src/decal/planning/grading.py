@@ -12,6 +12,7 @@ import torch
 
 from decal.data.batches import Batches, InOrder
 from decal.errors import DecalError
+from decal.ops import nf4
 from decal.planning import cards, change, memory, rss, time, wanted
 from decal.planning.memory import Forecast
 from decal.planning.sizes import gib
@@ -49,6 +50,7 @@ class Grader:
         except Exception as error:
             logging.getLogger("decal").debug("no forecast", exc_info=True)
             self.notes.append(f"no forecast of memory and time could be made ({type(error).__name__}: {error})")
+        warm(config, numbers)
         self._took = clock.perf_counter() - began
         self._before = rss.resident()
 
@@ -120,6 +122,13 @@ def wanted_of(config: RunConfig, numbers: Precision, batches: Batches, held_out:
     )
 
 
+def warm(config: RunConfig, numbers: Precision) -> None:
+    """Load the kernels of a quantised base, whose compiler is no part of the run's tensors."""
+    if config.quantize is not None and config.quantize.format != "int8" and numbers.device.type == "cpu":
+        packed, absmax = nf4.quantize(torch.ones(64))
+        nf4.dequantize(packed, absmax, shape=(64,))
+
+
 def device_memory(device: torch.device) -> int:
     """Return the bytes that a card has in all, or that the computer has free."""
     if device.type == "cuda":
@@ -130,16 +139,12 @@ def device_memory(device: torch.device) -> int:
 def too_large(forecast: Forecast, room: int) -> str:
     """Return the note on a run that will hardly fit."""
     ways = change.that_fit(forecast, room)
-    what = "the card has" if forecast.wanted.device == "cuda" else "is free here"
-    text = (
-        f"this run needs about {gib(forecast.needed)} GiB, and {gib(room)} GiB {what}"
-        if what.startswith("is")
-        else (f"this run needs about {gib(forecast.needed)} GiB, and {what} {gib(room)} GiB")
-    )
+    there = "the card has" if forecast.wanted.device == "cuda" else "free are"
+    text = f"this run needs about {gib(forecast.needed)} GiB, and {there} {gib(room)} GiB"
     if not ways:
         return f"{text}: take a smaller model or a larger machine"
     return f"{text}. It would fit with " + ", or with ".join(
-        f"{way.settings} ({gib(way.forecast.needed)} GiB)" for way in ways
+        f"{w.settings} ({gib(w.forecast.needed)} GiB)" for w in ways
     )
 
 

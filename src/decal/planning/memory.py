@@ -75,7 +75,7 @@ class Forecast:
 
 
 def forecast(wanted: Wanted) -> Forecast:
-    """Return what a run of `wanted` takes. Reads the model's configuration alone; raises DecalError as training would."""
+    """Return what a run of `wanted` takes, from the model's configuration. Raises DecalError as training would."""
     model = empty.trainable(wanted)
     step = shapes.training_step(model, wanted)
     parameters, config = list(model.parameters()), model.config.get_text_config()
@@ -128,7 +128,7 @@ def _merging(model: Any, wanted: Wanted) -> Phase:
     counts = [m.weights if isinstance(m, Coded) else m.weight.numel() for m in _matrices(model)]
     adapted = [m for m in model.modules() if isinstance(m, AdaptedLinear)]
     widest = max((m.in_features * m.out_features for m in adapted), default=0)
-    inner = model.get_base_model()
+    inner: Any = model.get_base_model()
     edges = sum(p.numel() * 2 for p in original(inner.get_input_embeddings()).parameters())
     return Phase(
         name="merging", parts=dict.fromkeys(PARTS, 0), host=edges + min(2 * sum(counts), SHARD) + 3 * 4 * widest

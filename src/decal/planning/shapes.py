@@ -37,7 +37,7 @@ FROZEN, EDGES, TRAINED, GRADIENTS = "frozen weights", "embeddings and head", "tr
 OPTIMIZER, ACTIVATIONS, LOGITS, WORKSPACE = "optimizer", "activations", "logits", "workspace"
 PARTS = (FROZEN, EDGES, TRAINED, GRADIENTS, OPTIMIZER, ACTIVATIONS, LOGITS, WORKSPACE)
 
-STEP_8BIT = 32  # bytes for each element of AdamW8bit's pieces: gradient, weight, both moments and the search of codes
+STEP_8BIT = 36  # bytes for each element of AdamW8bit's pieces: gradient, weight, both moments and the search of codes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +58,7 @@ class Counted:
 
 
 def training_step(model: Any, wanted: Wanted) -> Counted:
-    """Count one step of training in its steady state: the optimizer's states are there. `model` is empty.trainable's."""
+    """Count one step of training once the optimizer's states are there. `model` is that of empty.trainable."""
     return _count(model, wanted, trains=True)
 
 
@@ -160,7 +160,7 @@ class _Run:
         norm = torch.nn.utils.get_total_norm([p.grad for p in weights])
         torch.nn.utils.clip_grads_with_norm_(weights, self.wanted.train.max_grad_norm, norm)
         if isinstance(optimizer, AdamW8bit):
-            _step_8bit(weights)
+            _step_8bit(sum(p.numel() * (1 + self.depth.copies * (id(p) in self.middle)) for p in weights))
         else:
             optimizer.step()
 
@@ -275,7 +275,7 @@ def _vocabulary(model: Any) -> int:
     return size
 
 
-def _step_8bit(weights: list[nn.Parameter]) -> None:
+def _step_8bit(weights: int) -> None:
     """Take what AdamW8bit's step takes for itself: it looks codes up, which nothing without values can do."""
-    elements = min(sum(p.numel() for p in weights), adamw8bit.RUN * adam8.BLOCK)
+    elements = min(weights, adamw8bit.RUN * adam8.BLOCK)
     torch.empty(STEP_8BIT * elements, dtype=torch.uint8)

@@ -34,11 +34,11 @@ class Block:
     middle: bool = False  # of the layer that stands for others (see deepen.py)
 
 
-class Trace(TorchDispatchMode):
+class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
     """Use it in a `with` block, inside the mode that takes values away where there is one."""
 
     def __init__(self, *, card: bool = False) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # torch's
         self.card = card
         self.blocks: list[Block] = []
         self.now = 0
@@ -111,7 +111,7 @@ def has_values(func: Any, inputs: list[Tensor]) -> bool:
     if any(isinstance(x, FakeTensor) for x in inputs):
         return False
     try:
-        shape = torch.broadcast_shapes(*(x.shape for x in inputs))
+        shape: torch.Size = torch.broadcast_shapes(*(x.shape for x in inputs))  # type: ignore[no-untyped-call]  # torch's
     except RuntimeError:
         return True
     return shape.numel() <= SMALL
