@@ -22,6 +22,7 @@ from decal.cli import (
     inspect,
     merge,
     params,
+    plan,
     quantize,
     quickstart,
     report,
@@ -36,6 +37,7 @@ INTERRUPTED = 128 + signal.SIGINT
 COMMANDS = {  # with what the list of commands says of each, in that order
     quickstart: "See it work: fine-tune the bundled model in minutes.",
     check: "Try a run before you start it: rows, mask, gradients.",
+    plan: "What a run will take, and whether it fits.",
     train: "Fine-tune a model on your rows.",
     report: "A run as one page: curves, data, advice.",
     generate: "Answer prompts; base and adapters side by side.",

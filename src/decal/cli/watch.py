@@ -200,10 +200,20 @@ def outcome(config: RunConfig, done: Finetuned, *, as_json: bool) -> None:
     if done.eval_before is not None and done.eval_loss is not None:
         kept = "" if done.step == done.steps else f"; the weights of step {done.step} are kept"
         lines["held-out"] = f"{done.eval_before:.3f} -> {done.eval_loss:.3f}{kept}"
+    plan = run.manifest().get("plan")
+    if plan is not None:
+        lines["plan"] = graded(plan)
     lines[kind] = f"{done.result} ({megabytes(size)})"
     lines["next"] = "\n".join(next_commands(done.result, kind))
     console.note("")
     console.out().print(console.facts(lines), soft_wrap=True)
+
+
+def graded(plan: dict[str, Any]) -> str:
+    """Return in one line how near the forecast of memory and time came."""
+    said, seen = plan["forecast"], plan["measured"]
+    memory = f"peak {said['peak'] / 2**30:.2f} GiB forecast, {seen['peak'] / 2**30:.2f} GiB measured"
+    return f"{memory}; {said['step_seconds']:.3g} s a step forecast, {seen['step_seconds']:.3g} s measured"
 
 
 def next_commands(result: Path, kind: str) -> list[str]:

@@ -55,6 +55,14 @@ class Batches:
             return None
         return -(-len(self._rows) // (self.micro_batch * self.accumulate))
 
+    def largest(self) -> Batch | None:
+        """Return a micro-batch of the longest rows: none takes more memory. None for a stream."""
+        samples = self._samples
+        if not self._rows or isinstance(samples, Stream):
+            return None
+        rows = sorted(self._rows, key=lambda row: -sum(samples.length(i) for i in row))[: self.micro_batch]
+        return pack.collate([[samples[index] for index in row] for row in rows], pad_id=self.pad_id)
+
     def __iter__(self) -> Iterator[tuple[Batch, ...]]:
         while True:
             yield from self.epoch()
@@ -122,6 +130,10 @@ class InOrder:
 
     def __len__(self) -> int:
         return -(-len(self._rows) // self._micro_batch)
+
+    def longest(self) -> int:
+        """Return the tokens of the longest row."""
+        return max(sum(self._samples.length(index) for index in row) for row in self._rows)
 
     def __iter__(self) -> Iterator[Batch]:
         for group in _grouped(iter(self._rows), self._micro_batch):

@@ -18,7 +18,7 @@ from decal.layers.dense import DenseBase
 from decal.layers.lora import LoRA
 from decal.layers.routing import Column, Switch
 from decal.layers.seams import Base
-from decal.ops import merged, routed
+from decal.ops import merged, routed, select
 
 # Way 1 rewrites W' for every product: with fewer rows than this that costs time, from here on it costs none and saves
 # memory. Measured on two AVX-512 cores for layers of 576 to 2048 (benchmarks/merge_rows.py); cuda's is an estimate.
@@ -205,7 +205,7 @@ class AdaptedLinear(Adapted):
         return (
             exact
             and self.base.readable
-            and x.numel() // x.shape[-1] >= MERGE_ROWS.get(x.device.type, MERGE_ROWS["cuda"])
+            and x.numel() // x.shape[-1] >= MERGE_ROWS.get(select.habits(x.device), MERGE_ROWS["cuda"])
         )
 
     def _routed(self, x: Tensor) -> Tensor:

@@ -91,9 +91,10 @@ class Injection:
     def _check(
         self, resolved: targets.Resolved, tied: tuple[str, str] | None, tokens: dict[str, tuple[int, ...]]
     ) -> None:
+        whole = _all_meta(self.model)
         for target in resolved.targets:
             weight = original(self.model.get_submodule(target.name)).weight
-            if weight.device.type == "meta" and not _all_meta(self.model):
+            if weight.device.type == "meta" and not whole:
                 raise TargetError(
                     f"{target.name!r} is offloaded (its weight is on the meta device)",
                     fix="Load the model without offloading: a device_map that fits, or a smaller model.",

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from decal.errors import DataError, Unsupported
+from decal.ops import select
 
 # Rows of logits that exist at a time. CPU, SmolLM2's head (V=49152, D=576), 2048 rows, fp32, forward and both
 # gradients' GEMMs, CPU seconds on one AVX2 thread: 32 rows 3.42, 64 2.87, 128 2.54, 256 2.42, 512 2.33, 1024 2.43,
@@ -53,7 +54,7 @@ def chunked_cross_entropy(
     dtype = torch.promote_types(hidden.dtype, weight.dtype)
     if torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
-    size = chunk if chunk is not None else CHUNK.get(kind, CHUNK["cuda"])
+    size = chunk if chunk is not None else CHUNK.get(select.habits(hidden.device), CHUNK["cuda"])
     arguments = (hidden, weight, bias, rows, targets, size, dtype, torch.is_grad_enabled())
     loss: Tensor = _ChunkedCrossEntropy.apply(*arguments)  # type: ignore[no-untyped-call]  # torch's is untyped
     return loss, rows.numel()

@@ -194,6 +194,10 @@ def _kernels(device: torch.device) -> Any:
         from decal.ops import nf4_triton
 
         return nf4_triton
+    if chosen == "shapes":
+        from decal.ops import nf4_shapes
+
+        return nf4_shapes
     return None
 
 

@@ -14,9 +14,10 @@ from typing import Literal
 
 import torch
 
-Kind = Literal["reference", "numba", "triton"]
+Kind = Literal["reference", "numba", "triton", "shapes"]  # shapes: tensors without values, on which nothing is computed
 
 _forced: Kind | None = None
+_habits: str | None = None
 
 
 def kind(device: torch.device) -> Kind:
@@ -37,6 +38,23 @@ def forced(choice: Kind) -> Iterator[None]:
         yield
     finally:
         _forced = before
+
+
+def habits(device: torch.device) -> str:
+    """Return the type of device whose limits and sizes are kept to: `device`'s own, but for a plan (see `planned`)."""
+    return device.type if _habits is None else _habits
+
+
+@contextmanager
+def planned(device_type: str) -> Iterator[None]:
+    """Inside the block take the ways of `device_type` on tensors without values, which all lie on the CPU."""
+    global _habits
+    before, _habits = _habits, device_type
+    try:
+        with forced("shapes"):
+            yield
+    finally:
+        _habits = before
 
 
 @cache

@@ -17,6 +17,7 @@ from decal.checks.result import require
 from decal.data.ledger import Ledger
 from decal.evaluate.loss import evaluate
 from decal.model.lean import lean
+from decal.planning.grading import Grader
 from decal.recipes import verify
 from decal.report import run as page
 from decal.rundir import RunDir
@@ -59,7 +60,8 @@ def finetune(
     began = time.perf_counter()
     run = RunDir(Path(config.output))
     checkpoint = start.starting_point(run, config, resume=resume)
-    job = prepare(config, resumed=run if resume else None)
+    grader = Grader()
+    job = prepare(config, resumed=run if resume else None, before_weights=grader.foresee)
     checked = preflight.short(job) if config.train.check and not resume else []
     require(checked)
     facts = manifest.facts(job)
@@ -69,8 +71,9 @@ def finetune(
         report("resume" if checkpoint else "start", model=config.model, **facts["parameters"])
         for check in checked:
             report("check", **check.fields())
-        for note in () if checkpoint else job.notes:
+        for note in () if checkpoint else (*job.notes, *grader.notes):
             report("note", text=note)
+        grader.begin()
         with lean(job.model):  # equal results, less kept for backward
             progress = loop.train(
                 job.model,
@@ -85,13 +88,16 @@ def finetune(
                 resume=checkpoint,
                 wrap=wrap,
             )
+        graded = grader.grade([event for event in run.events() if event["kind"] == "step"])
+        if graded is not None:
+            report("plan", step=progress.step, **graded)
         kept = state.keep_best(run, progress, job.model)
         if kept != progress.step and not progress.stopped:
             report("note", step=progress.step, text=f"kept the weights of step {kept}: its evaluation was the best")
         result = save(run.adapter if config.train.method == "lora" else run.model, job)
         report("end", step=progress.step, kept=kept, path=str(result))
         outcome = manifest.outcome(run, progress, kept=kept, seconds=time.perf_counter() - began)
-        run.write_manifest({**facts, "outcome": outcome})
+        run.write_manifest({**facts, "plan": graded, "outcome": outcome})
     return summary(run, result, job.data.ledger, facts["parameters"]["trainable"], outcome)
 
 

@@ -46,9 +46,7 @@ class AdamW8bit(torch.optim.Optimizer):
                 loss = closure()
         for group in self.param_groups:
             moved = [p for p in group["params"] if p.grad is not None]
-            for p in moved:
-                if not self.state[p]:
-                    self.state[p].update(_wide(p) if p.numel() < SMALLEST else _coded(p))
+            self.make_states(moved)
             self._step_wide(group, [p for p in moved if p.numel() < SMALLEST])
             alike: dict[int, list[nn.Parameter]] = {}  # by their count of steps, which is all but always the same
             for p in moved:
@@ -59,6 +57,12 @@ class AdamW8bit(torch.optim.Optimizer):
                 for run in runs(parameters, RUN):
                     self._step_coded(group, run, step)
         return loss
+
+    def make_states(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Make the states of the parameters that have none yet."""
+        for p in parameters:
+            if not self.state[p]:
+                self.state[p].update(_wide(p) if p.numel() < SMALLEST else _coded(p))
 
     def _step_wide(self, group: dict[str, Any], parameters: list[nn.Parameter]) -> None:
         states = [self.state[p] for p in parameters]

@@ -40,6 +40,32 @@ def _inner(model: nn.Module) -> Any:
     return model if unwrap is None else unwrap()
 
 
+# Settings of models that do something to their logits or their loss, with the values under which they do nothing.
+TOUCHED: dict[str, tuple[object, ...]] = {
+    "final_logit_softcapping": (None,),
+    "logit_scale": (None, 1.0),
+    "logits_scaling": (None, 1.0),
+    "lm_head_multiplier": (None, 1.0),
+    "output_router_logits": (None, False),
+}
+
+
+def why_not_by_form(model: nn.Module) -> str | None:
+    """Return why the chunked loss is not the model's, as far as its modules and settings tell; None if they do not.
+
+    For a plan, which has no values to try it on. `why_not_chunked` tries it.
+    """
+    inner = _inner(model)
+    if not hasattr(inner, "get_output_embeddings") or not hasattr(inner, "base_model") or inner.base_model is inner:
+        return "the model is not a body with a head on it"
+    _, linear = parts(model)
+    if type(linear) not in PLAIN:
+        return f"its head is a {type(linear).__name__}, not a plain linear layer"
+    config = inner.config.get_text_config()
+    touched = [name for name, plain in TOUCHED.items() if getattr(config, name, None) not in plain]
+    return f"its settings have {touched[0]}" if touched else None
+
+
 def why_not_chunked(model: nn.Module) -> str | None:
     """Return None if the chunked loss over the head's weight is the model's loss, else the reason why it is not."""
     inner = _inner(model)

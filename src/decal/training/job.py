@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,11 +40,16 @@ class Job:
     notes: tuple[str, ...]
 
 
-def prepare(config: RunConfig, *, resumed: RunDir | None = None) -> Job:
+# Called when all but the weights is known: (settings, numbers, batches, held-out batches)
+BeforeWeights = Callable[[RunConfig, Precision, Batches, InOrder | None], object]
+
+
+def prepare(config: RunConfig, *, resumed: RunDir | None = None, before_weights: BeforeWeights | None = None) -> Job:
     """Return the job that the settings mean. Raises DecalError for whatever would not run.
 
     The cheapest is refused first: the device and a missing package; then the data, whose faults show in seconds (those
-    of a `resumed` run must be the ones that it began with); then the weights.
+    of a `resumed` run must be the ones that it began with); then the weights. `before_weights` is told what is known
+    until then.
     """
     logs.check_installed(config.train.log_to)
     numbers = precision.resolve(config.train.precision, precision.pick_device(config.train.device))
@@ -56,6 +62,8 @@ def prepare(config: RunConfig, *, resumed: RunDir | None = None) -> Job:
     batches, held_out = batch(config, data)
     plan.make(config.train, steps_per_epoch=batches.steps_per_epoch, evaluates=held_out is not None)
 
+    if before_weights is not None:
+        before_weights(config, numbers, batches, held_out)
     model = trainable_model(config, numbers)
     notes = [*quantized.storage(model), *getattr(model, "notes", ()), *cautions(config, numbers)]
     loss = losses.LOSSES[config.train.loss](model, notes.append)

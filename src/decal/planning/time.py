@@ -1,0 +1,48 @@
+"""How long a step and an epoch take: from the work that was counted and a card's rates, or from one measured step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from decal.planning.cards import Card
+from decal.planning.shapes import Counted
+from decal.planning.wanted import Wanted
+
+LAUNCH = 7e-6  # seconds that Python and torch take for one operation; a card waits for them where steps are small
+PYTHON_SHARE = 0.45  # of the operations counted, those that launch something (the others are views)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pace:
+    """Seconds of one optimizer step and of an epoch (None where its size is not known)."""
+
+    step: float
+    tokens: int  # of one optimizer step
+    epoch: float | None
+    steps: int | None
+    card: str
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.step
+
+
+def pace(work: Counted, wanted: Wanted, card: Card, *, tokens: int | None = None) -> Pace:
+    """Return the pace on `card`, with an epoch of so many tokens.
+
+    Products and attention go at the card's rate, all else at the speed of its memory; a card waits for Python where
+    that is slower.
+    """
+    compute = work.flops / (card.tflops * 1e12) + work.moved / (card.bandwidth * 1e9)
+    waiting = work.operations * PYTHON_SHARE * LAUNCH if wanted.device == "cuda" else 0.0
+    seconds = max(compute, waiting) * wanted.train.accumulate
+    step_tokens = wanted.tokens * wanted.train.accumulate
+    steps = None if tokens is None else max(1, -(-tokens // step_tokens))
+    return Pace(
+        step=seconds, tokens=step_tokens, steps=steps, epoch=None if steps is None else steps * seconds, card=card.name
+    )
+
+
+def corrected(first: float, *, tokens: int, all_tokens: int) -> float:
+    """Return the seconds of a run whose first step took `first` seconds for `tokens` of its `all_tokens`."""
+    return first * all_tokens / tokens

@@ -1,0 +1,144 @@
+"""Every storage that a block of code makes, with its bytes and its life: on tensors without values as on real ones.
+
+Time is counted in operations. A storage counts from the operation that made it to the last one before it was freed;
+views count nothing. What a kernel takes for itself while it runs is added from `kernels.py`.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from decal.planning import kernels
+
+SMALL = 1 << 20  # elements: what has values and is no larger keeps them, so that models may look at positions
+
+
+@dataclass(kw_only=True)
+class Block:
+    """One storage. `died` is the first operation that no longer saw it, None while it lives."""
+
+    bytes: int
+    born: int
+    died: int | None = None
+    part: str | None = None
+    shape: tuple[int, ...] = ()
+    middle: bool = False  # of the layer that stands for others (see deepen.py)
+
+
+class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
+    """Use it in a `with` block, inside the mode that takes values away where there is one."""
+
+    def __init__(self, *, card: bool = False) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # torch's
+        self.card = card
+        self.blocks: list[Block] = []
+        self.now = 0
+        self.flops: list[tuple[int, int]] = []  # of matrix products and attention: (when, how many)
+        self.moved: list[tuple[int, int]] = []  # bytes read and written by all else
+        self._live: dict[int, tuple[weakref.ref[Any], Block]] = {}
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled here, and torch's guard against it is half the time of an operation
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        if has_values(func, inputs):
+            with unset_fake_temporarily():
+                out = func(*args, **kwargs)
+        else:
+            out = func(*args, **kwargs)
+        self.now += 1
+        outputs = [out] if isinstance(out, Tensor) else [x for x in tree_leaves(out) if isinstance(x, Tensor)]
+        for tensor in outputs:
+            self.see(tensor)
+        self._count(func, args, kwargs, inputs, outputs, out)
+        return out
+
+    def see(self, tensor: Tensor, part: str | None = None, *, middle: bool = False) -> Block:
+        """Return the block of a tensor's storage, which is new if it has not been seen, and say what it is."""
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._live:
+            block = self._live[key][1]
+        else:
+            block = Block(
+                bytes=kernels.taken(storage.nbytes(), card=self.card), born=self.now, shape=tuple(tensor.shape)
+            )
+            self.blocks.append(block)
+            self._live[key] = weakref.ref(storage, self._forgetting(key, block)), block
+        block.part, block.middle = block.part or part, block.middle or middle
+        return block
+
+    def _forgetting(self, key: int, block: Block) -> Callable[[Any], None]:
+        live, clock = self._live, weakref.ref(self)
+
+        def forget(_: Any) -> None:
+            trace = clock()
+            if trace is not None:
+                block.died = trace.now + 1
+            live.pop(key, None)
+
+        return forget
+
+    def _count(self, func: Any, args: Any, kwargs: Any, inputs: list[Tensor], outputs: list[Tensor], out: Any) -> None:
+        work = kernels.flops(func, args, kwargs, out)
+        if work:
+            self.flops.append((self.now, work))
+        elif not kernels.is_view(func):
+            self.moved.append((self.now, sum(kernels.size(x) for x in (*inputs, *outputs))))
+        extra = kernels.workspace(func, args, card=self.card)
+        if extra:
+            self.blocks.append(Block(bytes=extra, born=self.now, died=self.now + 1, part="workspace"))
+
+
+def has_values(func: Any, inputs: list[Tensor]) -> bool:
+    """Whether an operation's inputs are real and small: it is then computed, as positions and labels are looked at."""
+    if not inputs:
+        return bool(func._overloadpacket is torch.ops.aten.arange)
+    if any(isinstance(x, FakeTensor) for x in inputs):
+        return False
+    try:
+        shape: torch.Size = torch.broadcast_shapes(*(x.shape for x in inputs))  # type: ignore[no-untyped-call]  # torch's
+    except RuntimeError:
+        return True
+    return shape.numel() <= SMALL
+
+
+def live_at(blocks: Iterable[Block], moment: int) -> Iterator[Block]:
+    """Yield the blocks that live at a moment."""
+    for block in blocks:
+        if block.born <= moment and (block.died is None or moment < block.died):
+            yield block
+
+
+def peak(blocks: Iterable[Block], first: int, last: int) -> tuple[int, int]:
+    """Return the largest total of live bytes from operation `first` to `last`, and when that was."""
+    change: dict[int, int] = {}
+    for block in blocks:
+        change[block.born] = change.get(block.born, 0) + block.bytes
+        if block.died is not None:
+            change[block.died] = change.get(block.died, 0) - block.bytes
+    total = best = when = 0
+    started = False
+    for moment in sorted(change):
+        if moment > last:
+            break
+        if moment > first and not started:
+            best, when, started = total, first, True
+        total += change[moment]
+        if moment >= first and (not started or total > best):
+            best, when, started = total, moment, True
+    return (best, when) if started else (total, first)

@@ -1,0 +1,151 @@
+"""`decal plan`: what it says, what it offers, what it refuses; and the grade of a run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from decal.planning import answer, change, grading, memory, shapes
+from decal.planning.cards import CARDS
+from decal.recipes.finetune import finetune
+from decal.rundir import RunDir
+from tests.cli.tiny import Decal, lines_of
+from tests.planning.tiny import save_config, save_size, wanted
+from tests.training.tiny_run import config, make_files
+
+
+@pytest.fixture
+def decal(capsys: pytest.CaptureFixture[str]) -> Decal:
+    return Decal(capsys)
+
+
+def test_the_changes_offered_make_it_fit(tmp_path: Path) -> None:
+    asked = wanted(save_config(tmp_path, "llama"), length=512, micro_batch=8)
+    found = memory.forecast(asked)
+    room = int(0.6 * found.needed)
+    ways = change.that_fit(found, room)
+    assert 0 < len(ways) <= 3
+    for way in ways:
+        tried = asked
+        for one in way.changes:
+            tried = one.of(tried)
+        assert memory.forecast(tried).needed == way.forecast.needed <= room
+    costs = [sum(one.cost for one in way.changes) for way in ways]
+    assert costs == sorted(costs)
+
+
+def test_where_one_change_is_not_enough_several_are_combined(tmp_path: Path) -> None:
+    asked = wanted(save_size(tmp_path, "8b"), length=2048, micro_batch=1, device="cuda", numbers="bf16")
+    (way, *_) = change.that_fit(memory.forecast(asked), 9 * 2**30, count=1)
+    assert len(way.changes) > 1
+    assert "quantize=nf4" in way.settings
+    assert way.forecast.needed <= 9 * 2**30
+
+
+def test_the_command_shows_parts_fit_and_time(decal: Decal, tmp_path: Path) -> None:
+    save_config(tmp_path, "llama")
+    said = decal.fine("plan", tmp_path, "--gpu", "24GiB", "--card", "h100", "--seq", 128, "--rows", 1000)
+    for text in ("embeddings and head", "optimizer", "activations", "training, checkpointing", "evaluation", "saving"):
+        assert text in said.out
+    assert "keep all: fits in 24.00 GiB" in said.out
+    assert "250 steps in" in said.out
+    assert max(len(line) for line in said.out.splitlines()) <= 160
+
+
+def test_json_holds_every_phase_and_way(decal: Decal, tmp_path: Path) -> None:
+    save_config(tmp_path, "llama")
+    told = json.loads(decal.fine("plan", tmp_path, "--gpu", "24GiB", "--seq", 128, "--method", "qlora", "--json").out)
+    assert set(told["ways"]) == set(answer.RECOMPUTE)
+    for way in told["ways"].values():
+        assert set(way["phases"]) == {"training", "evaluation", "saving", "merging"}
+        for phase in way["phases"].values():
+            assert phase["peak"] == sum(phase["parts"].values())
+            assert set(phase["parts"]) == set(shapes.PARTS)
+
+
+def test_the_table_needs_no_model(decal: Decal) -> None:
+    out = decal.fine("plan", "--table").out
+    assert "107.8" in out
+    assert "6.738e9 x 16 B" in out
+
+
+def test_a_card_that_does_not_hold_the_weights(decal: Decal, tmp_path: Path) -> None:
+    save_size(tmp_path, "8b")
+    said = decal.fine("plan", tmp_path, "--gpu", "4GiB", "--seq", 512, "--micro-batch", 1)
+    assert "does not fit in 4.00 GiB: it needs" in said.out
+    assert "alone take" in said.err  # weights and optimizer
+    assert "nothing that was tried makes it fit" in said.out
+
+
+def test_rows_longer_than_the_model_knows_are_cautioned(decal: Decal, tmp_path: Path) -> None:
+    save_config(tmp_path, "gpt2")
+    said = decal("plan", tmp_path, "--gpu", "24GiB", "--seq", 600, "--micro-batch", 1)
+    assert "longer than the 512 positions" in said.err
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (("plan",), "nothing to plan"),
+        (("plan", "./nowhere"), "no such model folder"),
+        (("plan", "x", "--gpu", "lots"), "--gpu is not a size of memory"),
+        (("plan", "x", "--card", "h10"), "no card 'h10' is known; nearest is 'h100'"),
+        (("plan", "x", "train.lrr=1"), "unknown setting 'train.lrr'"),
+        (("plan", "x", "y"), "more than one model"),
+    ],
+)
+def test_bad_input_is_told_in_plain_words(decal: Decal, words: tuple[str, ...], text: str) -> None:
+    said = decal(*words)
+    assert said.code == 2
+    assert text in lines_of(said.err)[0]
+
+
+def test_a_cards_pace_is_its_rate_where_steps_are_large(tmp_path: Path) -> None:
+    asked = wanted(save_size(tmp_path, "8b"), length=4096, micro_batch=2, device="cuda", numbers="bf16")
+    way = answer.plan(asked, card=CARDS["h200"]).way
+    assert way.pace is not None
+    # 34 GFLOP a token at 4096 tokens (docs/performance.md's count of an 8B model), all of it at the card's rate
+    assert way.forecast.work.flops / 8192 == pytest.approx(34e9, rel=0.05)
+    assert way.pace.step > way.forecast.work.flops / 674e12
+
+
+@pytest.fixture(scope="module")
+def graded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = make_files(tmp_path_factory.mktemp("graded"))
+    done = finetune(config(folder, steps=6, eval_every=None, data={"eval_rows": 0}))
+    run = RunDir(done.run)
+    plan: dict[str, Any] = run.manifest()["plan"]
+    (event,) = [e for e in run.events() if e["kind"] == "plan"]
+    assert {key: event[key] for key in plan} == plan
+    return plan
+
+
+def test_every_run_is_graded(graded: dict[str, Any]) -> None:
+    said, seen, grade = graded["forecast"], graded["measured"], graded["grade"]
+    assert said["peak"] > 0
+    assert said["step_seconds"] > 0
+    assert seen["seconds"] > 0
+    if seen["peak"] > 0:
+        assert grade["peak_error"] == pytest.approx(said["peak"] / seen["peak"] - 1, abs=1e-3)
+    assert grade["seconds_error"] == pytest.approx(said["seconds_after_first_step"] / seen["seconds"] - 1, abs=1e-3)
+
+
+def test_a_forecast_that_fails_is_a_note_and_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(asked: object) -> None:
+        raise RuntimeError("no such operation")
+
+    monkeypatch.setattr(memory, "forecast", broken)
+    done = finetune(config(make_files(tmp_path), steps=1, eval_every=None, data={"eval_rows": 0}))
+    notes = [e["text"] for e in RunDir(done.run).events() if e["kind"] == "note"]
+    assert notes == ["no forecast of memory and time could be made (RuntimeError: no such operation)"]
+    assert RunDir(done.run).manifest()["plan"] is None
+
+
+def test_a_run_that_will_hardly_fit_is_noted_with_what_would_help(tmp_path: Path) -> None:
+    found = memory.forecast(wanted(save_config(tmp_path, "llama"), length=512, micro_batch=8))
+    note = grading.too_large(found, int(0.6 * found.needed))
+    assert note.startswith("this run needs about ")
+    assert "It would fit with train." in note
