@@ -51,7 +51,7 @@ def check(model: nn.Module, tokenizer: Any, used: Iterable[Row] = ()) -> str | N
         raise ConfigError(
             f"{what}, and the data use them (first in used row {number})",
             got=first,
-            fix=f"Enlarge it: model.resize_token_embeddings({max(beyond.values()) + 1}), save it with its tokenizer, and "
-            "train the new rows (lora.trainable_token_indices).",
+            fix=f"Enlarge it: model.resize_token_embeddings({max(beyond.values()) + 1}), save it with its tokenizer, "
+            "and train the new rows (lora.trainable_token_indices).",
         )
     return f"{what}: {first}. A text with one of them would fail"
