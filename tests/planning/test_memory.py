@@ -171,6 +171,7 @@ def test_planning_draws_no_random_number_and_leaves_no_buffer(tmp_path: Path) ->
     assert torch.zeros(2).tolist() == [0.0, 0.0]  # tensors have values again
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("size", "limit"), [("8b", 20.0), ("70b", 20.0)])
 def test_a_large_model_is_planned_quickly(size: str, limit: float, tmp_path: Path) -> None:
     asked = wanted(save_size(tmp_path, size), length=2048, micro_batch=1, device="cuda", numbers="bf16")

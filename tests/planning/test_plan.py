@@ -22,10 +22,11 @@ def decal(capsys: pytest.CaptureFixture[str]) -> Decal:
     return Decal(capsys)
 
 
+@pytest.mark.slow
 def test_the_changes_offered_make_it_fit(tmp_path: Path) -> None:
     asked = wanted(save_config(tmp_path, "llama"), length=512, micro_batch=8)
     found = memory.forecast(asked)
-    room = int(0.6 * found.needed)
+    room = found.needed - found.phase("training").peak // 3  # a tiny model's tensors are little beside the process
     ways = change.that_fit(found, room)
     assert 0 < len(ways) <= 3
     for way in ways:
@@ -37,6 +38,7 @@ def test_the_changes_offered_make_it_fit(tmp_path: Path) -> None:
     assert costs == sorted(costs)
 
 
+@pytest.mark.slow
 def test_where_one_change_is_not_enough_several_are_combined(tmp_path: Path) -> None:
     asked = wanted(save_size(tmp_path, "8b"), length=2048, micro_batch=1, device="cuda", numbers="bf16")
     (way, *_) = change.that_fit(memory.forecast(asked), 9 * 2**30, count=1)
@@ -72,6 +74,7 @@ def test_the_table_needs_no_model(decal: Decal) -> None:
     assert "6.738e9 x 16 B" in out
 
 
+@pytest.mark.slow
 def test_a_card_that_does_not_hold_the_weights(decal: Decal, tmp_path: Path) -> None:
     save_size(tmp_path, "8b")
     said = decal.fine("plan", tmp_path, "--gpu", "4GiB", "--seq", 512, "--micro-batch", 1)
@@ -144,8 +147,9 @@ def test_a_forecast_that_fails_is_a_note_and_no_more(tmp_path: Path, monkeypatch
     assert RunDir(done.run).manifest()["plan"] is None
 
 
+@pytest.mark.slow
 def test_a_run_that_will_hardly_fit_is_noted_with_what_would_help(tmp_path: Path) -> None:
     found = memory.forecast(wanted(save_config(tmp_path, "llama"), length=512, micro_batch=8))
-    note = grading.too_large(found, int(0.6 * found.needed))
+    note = grading.too_large(found, found.needed - found.phase("training").peak // 3)
     assert note.startswith("this run needs about ")
     assert "It would fit with train." in note

@@ -62,7 +62,7 @@ def _show_memory(plan: Plan) -> None:
     columns = [way.forecast.phase("training").parts for way in ways] + [phase.parts for phase in phases[1:3]]
     for part in columns[0]:
         sizes = [parts[part] for parts in columns]
-        if any(size >= 2**20 for size in sizes):
+        if any(1000 * size >= sum(parts.values()) for size, parts in zip(sizes, columns, strict=True)):
             table.add_row(part, *(gib(size) if size else "" for size in sizes))
     table.add_row("peak", *(gib(sum(parts.values())) for parts in columns), style="bold")
     console.show(table)
