@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,7 +23,7 @@ def words(model: Path, rows: Path) -> Sequence[object]:
 def test_rows_and_checks_in_plain_text(decal: Decal, model: Path, rows: Path) -> None:
     said = decal.fine(*words(model, rows), "--rows", 1)
     lines = said.out.splitlines()
-    assert lines[0] == "read, not learnt [[learnt]]  {{learnt stop token}}  special token  "
+    assert lines[0] == "read, not learnt  [[learnt]]  {{learnt stop token}}  special token  "
     assert lines[2].startswith("row 1: ")
     assert "| <|im_start|>user\u21b5" in lines
     assert any(line.strip().startswith("[[") and "]]{{<|im_end|>}}" in line for line in lines)
@@ -30,6 +31,18 @@ def test_rows_and_checks_in_plain_text(decal: Decal, model: Path, rows: Path) ->
     assert any(line.startswith("passed  tokenizer     loss ") for line in lines)
     assert any(line.startswith("passed  overfit       8 rows, ") for line in lines)
     assert lines[-1].startswith("7 passed in ")
+
+
+def test_in_colour_only_what_is_learnt_is_green(
+    decal: Decal, model: Path, rows: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    out = decal.fine(*words(model, rows), "--rows", 1).out
+    assert re.search("\x1b\\[1;32m(r|g|b|p)\x1b\\[0m\x1b\\[1;30;42m<\\|im_end\\|>\x1b\\[0m", out)
+    assert "\x1b[36m<|im_start|>\x1b[0m\x1b[2muser\u21b5" in out
+    assert "[[" not in out.replace("\x1b[", "")
 
 
 def test_json_holds_rows_and_checks(decal: Decal, model: Path, rows: Path) -> None:

@@ -81,14 +81,14 @@ def preview(rows: list[Row]) -> None:
     colour = console.out().color_system is not None
     if not rows:
         return
-    legend = Text("read, not learnt ", style="dim") if colour else Text("read, not learnt ")
+    legend = Text.assemble(("read, not learnt  ", "dim" if colour else ""))
     for kind, words in (("learnt", "learnt"), ("stop", "learnt stop token"), ("special", "special token")):
         legend.append_text(marked(kind, words, colour=colour)).append("  ")
     console.out().print(legend, soft_wrap=True)
     for number, row in enumerate(rows, start=1):
         console.out().print(Text(f"\nrow {number}: {counts(row)}", style="bold"), soft_wrap=True)
         for sample in row.samples:
-            line = Text("| ", style="blue")
+            line = Text.assemble(("| ", "blue"))  # a style given to Text itself would colour all that follows
             for place, piece in enumerate(sample, start=1):
                 own = piece.text.rstrip("\n") if place == len(sample) else piece.text
                 text = own.replace("\r", "").replace("\n", "\u21b5\n  ")
