@@ -22,6 +22,7 @@ from decal.errors import RunError
 from decal.recipes.finetune import finetune
 from decal.training.job import Job, prepare
 from decal.training.losses import SFT
+from tests.failures.page import told
 from tests.training.tiny_run import config
 
 
@@ -98,6 +99,7 @@ def test_checkpointed_layers_whose_input_needs_no_gradient(folder: Path) -> None
         layer.forward = lambda *a, _forward=forward, **k: _detached(_forward(*a, **k))
     found = asked(job, reach.check)
     assert_failed(found, "the loss depends on nothing that is trained", "enable_input_require_grads")
+    told(10, found.measure)
 
 
 def _detached(output: Any) -> Any:
@@ -124,6 +126,7 @@ def test_a_model_that_reads_across_packed_samples(own: Job) -> None:
     damaged = replace(own, model=Leaky(own.model), loss=SFT(chunked=False))
     found = asked(damaged, packing.check)
     assert_failed(found, "samples see each other: a swapped neighbour moved a sample's loss from", "data.packing=false")
+    told(22, found.measure)
 
 
 class CountsBatches(SFT):
@@ -151,6 +154,7 @@ def test_a_loss_that_accumulation_scales(job: Job, loss: type[SFT], ratio: str) 
     with untouched(damaged):
         found = accumulation.check(damaged, samples)
     assert_failed(found, ratio, "train.accumulate=1")
+    told(26, found.measure)
 
 
 def lose_a_tensor(folder: Path) -> None:

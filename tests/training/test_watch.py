@@ -22,6 +22,7 @@ from decal.training.precision import Precision
 from decal.training.step import StepResult, take_step
 from decal.training.watch import Advice, Memory, Watch
 from tests import models
+from tests.failures.page import told
 
 FP32 = Precision(name="fp32", device=torch.device("cpu"))
 
@@ -128,6 +129,7 @@ def test_skipped_fp16_steps_are_counted() -> None:
         "skipped": "41 of 50 steps skipped, for their fp16 gradients overflowed: use train.precision=bf16 or fp32, or "
         "lower train.lr (0.0002)"
     }
+    told(29, numbers(steps)["skipped"])
     search = [result(2.0, math.inf, skipped=True)] * 10 + [result(2.0)] * 40  # a scaler finding its scale
     assert numbers(search) == {}
 
@@ -190,7 +192,9 @@ def test_b_matrices_that_no_gradient_reaches_are_counted() -> None:
     """As gradient checkpointing does where the inputs need no gradient: what lies before the cut never learns."""
     model = adapted()
     model.get_base_model().model.layers[0].register_forward_hook(lambda layer, args, out: out.detach())
-    assert walk(model, 3) == {
+    seen = walk(model, 3)
+    told(10, seen["dead"])
+    assert seen == {
         "dead": "7/14 B matrices never moved in 3 steps, such as base_model.model.model.layers.0.self_attn.q_proj."
         "lora_B.default.weight: no gradient reaches them; check lora.target_modules, and that nothing detaches the "
         "layers' inputs"
@@ -218,7 +222,9 @@ def test_magnitudes_frozen_beside_their_adapter_are_named_before_the_first_step(
     for name, parameter in model.named_parameters():
         if "lora_magnitude_vector" in name:
             parameter.requires_grad_(False)
-    assert walk(model, 1) == {
+    seen = walk(model, 1)
+    told(12, seen["frozen"])
+    assert seen == {
         "frozen": "14 of 14 DoRA magnitudes are frozen, so they will not learn: set requires_grad on them, or leave "
         "them out"
     }
@@ -252,6 +258,7 @@ def test_16_bit_adapters_at_a_small_rate_are_stalled_and_fp32_ones_are_not() -> 
         "of the entries of the A matrices stood still over 20 steps: at train.lr=2e-05 a step is rounded away in "
         "bfloat16; keep adapters in fp32 (autocast_adapter_dtype=True) or raise train.lr"
     )
+    told(11, seen["stalled"])
     assert wide(torch.float32, 2e-5) == {}
     assert wide(torch.bfloat16, 5e-4) == {}
 
@@ -273,7 +280,9 @@ def test_some_poisoned_batches_are_seen_in_a_real_run() -> None:
 )
 def test_a_scale_outside_the_usual_is_said_before_the_first_step(settings: dict[str, Any], text: str) -> None:
     model = get_peft_model(models.make("llama", torch.float32), LoraConfig(target_modules=["q_proj"], **settings))
-    assert text in walk(model, 1)["scale"]
+    seen = walk(model, 1)
+    assert text in seen["scale"]
+    told(8, seen["scale"])
 
 
 def test_scales_in_use_are_not_commented_on() -> None:
@@ -301,6 +310,7 @@ def test_evaluation_mode_while_training_is_mended_and_said() -> None:
         "14 dropout layers were in evaluation mode while training: set back to training mode; the "
         "steps before had no dropout"
     )
+    told(27, advice.text)
     assert all(module.training for module in model.modules() if isinstance(module, nn.Dropout))
 
 
