@@ -8,8 +8,6 @@ from typing import Annotated
 import typer
 
 from decal.cli import console
-from decal.report import run as pages
-from decal.rundir import RUN, RunDir
 
 EXAMPLES = "Examples:\n\ndecal report runs/first\n\ndecal report runs/first --out first.html"
 
@@ -19,5 +17,8 @@ def report(
     out: Annotated[Path | None, typer.Option("--out", help="Where to (default: report.html in that folder).")] = None,
 ) -> None:
     """Write a run as one HTML page: what was trained, curves, data, checks, advice; `decal train` ends so."""
+    from decal.report import run as pages
+    from decal.rundir import RUN, RunDir
+
     folder = run.parent if run.name == RUN else run
     console.say(str(pages.write(RunDir(folder), out)))
