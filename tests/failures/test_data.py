@@ -22,8 +22,8 @@ def prepared(folder: Path, *, tokenizer: Any = None, rows: int = 10, **settings:
 
 
 def ledger(data: Prepared, about: str) -> str:
-    """Return the one line of the ledger that has these words."""
-    (line,) = [line.strip() for line in data.ledger.text().splitlines() if about in line]
+    """Return the one note of the ledger that has these words."""
+    (line,) = [note for note in data.ledger.notes if about in note]
     return line
 
 
@@ -50,8 +50,8 @@ def test_18_the_loss_lies_on_replies_and_says_where_it_does_not(tmp_path: Path) 
 
 
 def test_19_rows_that_do_not_fit_are_counted(tmp_path: Path) -> None:
-    told(19, ledger(prepared(tmp_path, rows=24, max_length=64), "dropped"))
-    told(19, ledger(prepared(tmp_path, rows=24, max_length=64, too_long="cut"), "cut"))
+    told(19, ledger(prepared(tmp_path, rows=24, max_length=64), "are longer"))
+    told(19, ledger(prepared(tmp_path, rows=24, max_length=64, too_long="cut"), "lost their stop token to"))
     with pytest.raises(DecalError) as error:
         prepared(tmp_path, max_length=16)
     told(19, error.value)

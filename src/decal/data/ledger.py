@@ -64,8 +64,6 @@ class Ledger:
             lines.append(f"  cut {self.cut} at max_length, {self.stops_lost} of them lost their stop token")
         share = self.loss_tokens / self.tokens if self.tokens else 0.0
         lines.append(f"  {self.tokens:,} tokens, {self.loss_tokens:,} in the loss ({share:.0%})")
-        if self.loss_by_role.get("prompt"):
-            lines.append(f"  {self.loss_by_role['prompt']:.0%} of the loss is on text that is no reply")
         if self.without_stop:
             lines.append(f"  {self.without_stop} of {self.used} rows train no stop token")
         if self.fill is not None:
@@ -154,6 +152,26 @@ class Tally:
 def fingerprint(sample: Sample) -> bytes:
     """Return the sha256 of one sample's ids and labels (int32, little endian, ids then labels)."""
     return hashlib.sha256(np.array([sample.ids, sample.labels], dtype="<i4").tobytes()).digest()
+
+
+def remedies(ledger: Ledger, *, max_length: int) -> tuple[str, ...]:
+    """Return what to do about rows that are lost, cut or learnt otherwise than replies are, a line each."""
+    lines = []
+    if count := ledger.dropped.get(TOO_LONG):
+        lines.append(
+            f"{count:,} of {ledger.rows:,} rows are longer than max_length ({max_length}): raise data.max_length, "
+            "or set data.too_long=cut"
+        )
+    if ledger.stops_lost:
+        lines.append(
+            f"{ledger.stops_lost:,} of {ledger.used:,} rows lost their stop token to max_length ({max_length}): raise "
+            "data.max_length, or set data.too_long=drop"
+        )
+    if share := ledger.loss_by_role.get("prompt"):
+        lines.append(
+            f"{share:.0%} of the loss is on text that is no reply: data.loss_on=assistant learns replies alone"
+        )
+    return tuple(lines)
 
 
 def check(ledger: Ledger, *, needs_stop: bool, max_length: int, template: str) -> None:

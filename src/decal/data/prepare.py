@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -171,6 +171,7 @@ def _close(
         notes=(*notes, *encoder.notes),
         partial=partial,
     )
+    closed = replace(closed, notes=(*closed.notes, *ledger.remedies(closed, max_length=config.max_length)))
     needs_stop = shape.name != "text"
     ledger.check(closed, needs_stop=needs_stop, max_length=config.max_length, template=encoder.template_name)
     return closed
