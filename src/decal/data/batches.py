@@ -57,10 +57,11 @@ class Batches:
 
     def largest(self) -> Batch | None:
         """Return a micro-batch of the longest rows: none takes more memory. None for a stream."""
-        if not self._rows:
+        samples = self._samples
+        if not self._rows or isinstance(samples, Stream):
             return None
-        rows = sorted(self._rows, key=lambda row: -sum(self._samples.length(i) for i in row))[: self.micro_batch]  # type: ignore[union-attr]  # rows are of Samples
-        return pack.collate([[self._samples[index] for index in row] for row in rows], pad_id=self.pad_id)
+        longest = sorted(self._rows, key=lambda row: sum(samples.length(index) for index in row))[-self.micro_batch :]
+        return pack.collate([[samples[index] for index in row] for row in longest], pad_id=self.pad_id)
 
     def __iter__(self) -> Iterator[tuple[Batch, ...]]:
         while True:
