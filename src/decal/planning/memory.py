@@ -137,5 +137,5 @@ def _merging(model: Any, wanted: Wanted) -> Phase:
 
 def _matrices(model: nn.Module) -> list[Any]:
     """Return the frozen layers that have a weight of two dimensions or codes of one."""
-    held = [m for m in model.modules() if isinstance(getattr(m, "weight", None), nn.Parameter)]
+    held: list[Any] = [m for m in model.modules() if isinstance(getattr(m, "weight", None), nn.Parameter)]
     return [m for m in held if not m.weight.requires_grad and (isinstance(m, Coded) or m.weight.dim() > 1)]
