@@ -160,6 +160,16 @@ def test_the_form_of_a_model_tells_its_loss(family: str) -> None:
     assert (head.why_not_by_form(model) is None) == (head.why_not_chunked(model) is None)
 
 
+def test_looking_at_a_16_bit_head_leaves_no_buffer_of_its_size() -> None:
+    from decal.ops import workspace
+
+    model = transformers.AutoModelForCausalLM.from_config(config_of("llama")).bfloat16()
+    load.compute_in_fp32(model)
+    workspace.release()
+    assert head.why_not_chunked(model) is None
+    assert not workspace._BUFFERS
+
+
 def test_planning_draws_no_random_number_and_leaves_no_buffer(tmp_path: Path) -> None:
     from decal.ops import select, workspace
 

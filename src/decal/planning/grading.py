@@ -42,7 +42,7 @@ class Grader:
     def foresee(self, config: RunConfig, numbers: Precision, batches: Batches, held_out: InOrder | None) -> None:
         """Make the forecast. Nothing that decides a run's result is touched: no generator, no global setting."""
         began = clock.perf_counter()
-        self._device = numbers.device
+        self._device, self._before = numbers.device, rss.resident()
         try:
             self._foresee(wanted_of(config, numbers, batches, held_out))
         except DecalError:
@@ -52,7 +52,6 @@ class Grader:
             self.notes.append(f"no forecast of memory and time could be made ({type(error).__name__}: {error})")
         warm(config, numbers)
         self._took = clock.perf_counter() - began
-        self._before = rss.resident()
 
     def _foresee(self, asked: Wanted) -> None:
         self._forecast = memory.forecast(asked)
@@ -81,7 +80,7 @@ class Grader:
         peak = torch.cuda.max_memory_allocated(self._device) if cuda else rss.peak() - self._before
         seconds = [step["seconds"] for step in steps]
         per_token = median(step["seconds"] / step["tokens"] for step in steps[1:] or steps)
-        total = time.corrected(seconds[0], tokens=steps[0]["tokens"], all_tokens=sum(step["tokens"] for step in steps))
+        total = time.foretold(seconds, [step["tokens"] for step in steps])
         largest = self._pace.tokens
         said = self._forecast.peak if cuda else self._forecast.resident
         return {
@@ -90,12 +89,12 @@ class Grader:
                 "parts": self._forecast.phase("training").parts,
                 "step_seconds": round(self._pace.step, 4),
                 "step_tokens": largest,
-                "seconds_after_first_step": round(total, 3),
+                "seconds_by_one_step": round(total, 3),
                 "made_in": round(self._took, 3),
             },
             "measured": {
                 "peak": peak,
-                "by": "torch.cuda.max_memory_allocated" if cuda else "resident memory above that before loading",
+                "by": "torch.cuda.max_memory_allocated" if cuda else "resident memory above that before the forecast",
                 "exact": cuda or self._resets,
                 "step_seconds": round(per_token * largest, 4),
                 "seconds": round(sum(seconds), 3),

@@ -24,7 +24,7 @@ SLIVER = 256  # bytes: a rest no larger is taken by small objects
 KEPT = 100  # operations, for so long
 # What no tensor accounts for: the libraries' pages and buffers that a first step touches, what loading leaves in the
 # heap, and holes beyond those that are played.
-TOUCHED = 280 << 20
+TOUCHED, LEAST = 280 << 20, 32 << 20  # bytes; a tiny run touches little
 TINY = 1024  # smaller tensors come from caches of their own
 PASSES = 2  # steps that are played: the holes of the first are there in the second
 
@@ -143,4 +143,4 @@ def resident(blocks: Iterable[Block], first: int) -> int:
                 heap.take(key, size)
         for key in [key for when, freed, key, _ in events if not freed and when > first and key in heap.used]:
             heap.give(key)  # the gradients
-    return heap.peak + TOUCHED
+    return heap.peak + min(TOUCHED, LEAST + heap.peak // 2)

@@ -128,8 +128,8 @@ def _merging(model: Any, wanted: Wanted) -> Phase:
     counts = [m.weights if isinstance(m, Coded) else m.weight.numel() for m in _matrices(model)]
     adapted = [m for m in model.modules() if isinstance(m, AdaptedLinear)]
     widest = max((m.in_features * m.out_features for m in adapted), default=0)
-    inner: Any = model.get_base_model()
-    edges = sum(p.numel() * 2 for p in original(inner.get_input_embeddings()).parameters())
+    embedding: nn.Module = original(model.get_base_model().get_input_embeddings())
+    edges = sum(p.numel() * 2 for p in embedding.parameters())
     return Phase(
         name="merging", parts=dict.fromkeys(PARTS, 0), host=edges + min(2 * sum(counts), SHARD) + 3 * 4 * widest
     )

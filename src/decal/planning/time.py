@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from decal.planning.cards import Card
@@ -34,8 +35,9 @@ def pace(work: Counted, wanted: Wanted, card: Card, *, tokens: int | None = None
     that is slower.
     """
     compute = work.flops / (card.tflops * 1e12) + work.moved / (card.bandwidth * 1e9)
-    waiting = work.operations * PYTHON_SHARE * LAUNCH if wanted.device == "cuda" else 0.0
-    seconds = max(compute, waiting) * wanted.train.accumulate
+    waiting = work.operations * PYTHON_SHARE * LAUNCH
+    # A card works while Python goes on to the next operation; a CPU does one after the other.
+    seconds = (max(compute, waiting) if wanted.device == "cuda" else compute + waiting) * wanted.train.accumulate
     step_tokens = wanted.tokens * wanted.train.accumulate
     steps = None if tokens is None else max(1, -(-tokens // step_tokens))
     return Pace(
@@ -43,6 +45,11 @@ def pace(work: Counted, wanted: Wanted, card: Card, *, tokens: int | None = None
     )
 
 
-def corrected(first: float, *, tokens: int, all_tokens: int) -> float:
-    """Return the seconds of a run whose first step took `first` seconds for `tokens` of its `all_tokens`."""
-    return first * all_tokens / tokens
+def foretold(seconds: Sequence[float], tokens: Sequence[int]) -> float:
+    """Return a run's seconds as they are foretold from one step: the second, for the first also pays for beginnings.
+
+    `seconds` and `tokens` are of each step; of the seconds those of the first two alone are looked at.
+    """
+    measured = min(1, len(seconds) - 1)
+    begun = sum(seconds[:measured])
+    return begun + seconds[measured] / tokens[measured] * sum(tokens[measured:])
