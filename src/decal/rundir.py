@@ -326,11 +326,11 @@ class RunDir:
         return sorted(whole, key=step_of)
 
     @contextmanager
-    def checkpoint(self, step: int) -> Iterator[Path]:
-        """Yield a folder to fill; it becomes checkpoints/step-N only if the block ends well."""
+    def checkpoint(self, step: int, *, best: int | None = None) -> Iterator[Path]:
+        """Yield a folder to fill; it becomes checkpoints/step-N only if the block ends well. `best` was best so far."""
         with new_folder(self.path / CHECKPOINTS / f"step-{step}") as folder:
             yield folder
-            write_json(folder / COMPLETE, {"step": step, "files": contents(folder)})
+            write_json(folder / COMPLETE, {"step": step, "best": best, "files": contents(folder)})
 
     def clean(self) -> None:
         """Delete what a killed process left half-written or half-deleted; a folder that it was replacing comes back."""
@@ -346,7 +346,20 @@ class RunDir:
         return [path for name in (RUN, MANIFEST, EVENTS, ADAPTER, MODEL) for path in _leftovers(self.path, name)]
 
     def prune(self, *, keep: int, best: int | None) -> None:
-        """Delete all but the last `keep` checkpoints and the best one."""
-        for path in self.checkpoints()[:-keep]:
-            if path.name != f"step-{best}":
+        """Delete all but the last `keep` checkpoints, the best one, and those that were best to the last ones.
+
+        For if the newest is lost, the run goes on from one before it, and may want its best one at the end.
+        """
+        whole = self.checkpoints()
+        wanted = {best, *(_best_of(path) for path in whole[-keep:])}
+        for path in whole[:-keep]:
+            if step_of(path) not in wanted:
                 discard(path)
+
+
+def _best_of(checkpoint: Path) -> int | None:
+    try:
+        best = read_json(checkpoint / COMPLETE)["best"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # damaged: whoever reads the checkpoint says so
+    return best if isinstance(best, int) else None

@@ -193,3 +193,17 @@ def listed(checkpoint: Path) -> dict[str, Any]:
     """Return what complete.json lists, anew."""
     (checkpoint / "complete.json").unlink()
     return contents(checkpoint)
+
+
+def test_what_was_best_to_an_older_checkpoint_is_kept_with_it(tmp_path: Path) -> None:
+    """Step 4 is best when step 5 is saved, step 6 is better: if 6 is lost, the run goes on from 5 and may want 4."""
+    run = RunDir(tmp_path)
+    for step, best in ((4, 4), (5, 4), (6, 6)):
+        with run.checkpoint(step, best=best) as folder:
+            (folder / "weights").write_bytes(b"w")
+        run.prune(keep=2, best=best)
+    assert [path.name for path in run.checkpoints()] == ["step-4", "step-5", "step-6"]
+    with run.checkpoint(7, best=6) as folder:
+        (folder / "weights").write_bytes(b"w")
+    run.prune(keep=2, best=6)
+    assert [path.name for path in run.checkpoints()] == ["step-6", "step-7"]

@@ -80,7 +80,7 @@ def save(run: rundir.RunDir, training: Training, save_adapter: Callable[[Path], 
     """Write checkpoints/step-N whole or not at all and return its path."""
     step = training.progress.step
     try:
-        with run.checkpoint(step) as folder:
+        with run.checkpoint(step, best=training.progress.best_step) as folder:
             save_file(trainable(training.model), folder / TRAINABLE)
             save_file(_optimizer_tensors(training), folder / OPTIMIZER)
             save_file(_generators(), folder / RNG)
