@@ -111,6 +111,14 @@ def test_a_rate_that_is_rounded_away(folder: Path) -> None:
     assert_failed(found, "14 of 28 matrices stand still at train.lr=1e-12: a step is rounded away", "Raise train.lr")
 
 
+def test_weights_that_hold_nan_are_not_put_down_to_anything_else(own: Job) -> None:
+    with torch.no_grad():
+        own.model.get_base_model().model.norm.weight[3] = torch.nan
+    for found in (preflight.short(own), list(preflight.full(own))):
+        assert [check.name for check in found] == ["loss"]
+        assert_failed(found[-1], "the loss is nan, not finite, before anything has moved", "weights hold NaN")
+
+
 class Leaky(nn.Module):
     """A model that reads packed samples as one text, as those do that take no notice of positions."""
 
@@ -209,8 +217,9 @@ def shifted(sample: Sample, by: int) -> Sample:
 
 def test_ids_beyond_the_model(job: Job) -> None:
     samples = [Sample(ids=[1, 2, 3000], labels=[IGNORE, 2, 3000])]
-    with untouched(job):
-        found = tokenizer.check(job, samples, samples)
+    damaged = replace(job, data=replace(job.data, train=Samples(samples)))
+    (found,), (short,) = preflight.full(damaged), preflight.short(damaged)
+    assert short == found
     assert_failed(found, "token 3,000 occurs, and the model has 260 rows of embeddings", "the same folder or hub id")
 
 
@@ -225,8 +234,8 @@ def learnt(folder: Path) -> Job:
 def test_ids_that_mean_other_words_to_the_model(learnt: Job) -> None:
     seen = rows.looked_at(learnt)
     with untouched(learnt):
-        fine = tokenizer.check(learnt, seen, seen[:4])
-        wrong = tokenizer.check(learnt, seen, [shifted(sample, 13) for sample in seen[:4]])
+        fine = tokenizer.check(learnt, seen[:4])
+        wrong = tokenizer.check(learnt, [shifted(sample, 13) for sample in seen[:4]])
     assert fine.status == "passed", fine.measure
     assert_failed(wrong, "to this model the ids mean other words", "Use the tokenizer that the model was trained with")
 
@@ -265,5 +274,5 @@ def test_a_run_does_not_begin_when_a_check_fails(folder: Path) -> None:
 
 def test_the_short_form_asks_what_the_full_one_asks_first(job: Job) -> None:
     names = [check.name for check in preflight.short(job)]
-    assert names == ["stop token", "packing", "reach", "accumulation", "round trip"]
+    assert names == ["loss", "stop token", "packing", "reach", "accumulation", "round trip"]
     assert torch.is_grad_enabled()

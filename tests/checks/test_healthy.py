@@ -27,7 +27,7 @@ def by_name(checks: list[Check]) -> dict[str, Check]:
 
 def test_all_pass_in_their_order_with_a_number_each(job: Job) -> None:
     found = list(preflight.full(job))
-    assert [check.name for check in found] == ["tokenizer", *QUICK, "overfit"]
+    assert [check.name for check in found] == ["loss", "tokenizer", *QUICK, "overfit"]
     assert [check.measure for check in failures(found)] == []
     assert all(any(letter.isdigit() for letter in check.measure) for check in found)
     assert by_name(found)["stop token"].measure == "18 of 18 rows learn <|endoftext|>, <|im_end|>"
@@ -93,6 +93,6 @@ def test_a_checked_run_ends_in_the_bits_of_an_unchecked_one(folder: Path, method
     losses = [[event["loss"] for event in run.events() if event["kind"] == "step"] for run in runs]
     assert losses[0] == losses[1]
     events = [event for event in runs[0].events() if event["kind"] == "check"]
-    assert [event["name"] for event in events] == QUICK
+    assert [event["name"] for event in events] == ["loss", *QUICK]
     assert {event["status"] for event in events} <= {"passed", "not applicable"}
     assert not [event for event in runs[1].events() if event["kind"] == "check"]

@@ -30,7 +30,7 @@ def test_rows_and_checks_in_plain_text(decal: Decal, model: Path, rows: Path) ->
     assert not any(line.startswith("row 2") for line in lines)
     assert any(line.startswith("passed  tokenizer     loss ") for line in lines)
     assert any(line.startswith("passed  overfit       8 rows, ") for line in lines)
-    assert lines[-1].startswith("7 passed in ")
+    assert lines[-1].startswith("8 passed in ")
 
 
 def test_in_colour_only_what_is_learnt_is_green(
@@ -47,7 +47,7 @@ def test_in_colour_only_what_is_learnt_is_green(
 
 def test_json_holds_rows_and_checks(decal: Decal, model: Path, rows: Path) -> None:
     told = json.loads(decal.fine(*words(model, rows), "--rows", 2, "--json").out)
-    assert told["checks"][0]["name"] == "tokenizer"
+    assert told["checks"][0]["name"] == "loss"
     assert {check["status"] for check in told["checks"]} == {"passed"}
     assert len(told["rows"]) == 2
     kinds = {piece["kind"] for row in told["rows"] for sample in row["shown"] for piece in sample}
@@ -86,7 +86,7 @@ def test_train_says_in_one_line_that_the_checks_passed(decal: Decal, model: Path
         "cpu",
     )
     said = decal.fine(*run)
-    assert sum(line.startswith("checks: 5 passed in ") for line in said.err.splitlines()) == 1
+    assert sum(line.startswith("checks: 6 passed in ") for line in said.err.splitlines()) == 1
 
 
 def test_train_refuses_what_a_check_finds_and_writes_nothing(

@@ -248,7 +248,9 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_its_checkpoint(
     folder: Path, monkeypatch: pytest.MonkeyPatch, precision: str, change: str
 ) -> None:
     break_the_loss(monkeypatch, after=5)
-    settings = config(folder, output=f"nan-{precision}", precision=precision, data={"eval_rows": 0}, eval_every=None)
+    settings = config(
+        folder, output=f"nan-{precision}", precision=precision, check=False, data={"eval_rows": 0}, eval_every=None
+    )
     with pytest.raises(RunError, match="loss is not finite") as raised:
         finetune(settings)
     assert raised.value.fix == f"{change} The last whole checkpoint is step-3; other settings need a new --output."
@@ -267,7 +269,9 @@ def test_a_run_that_fails_at_its_first_step_says_that_nothing_was_written(
     folder: Path, monkeypatch: pytest.MonkeyPatch, precision: str, cause: str
 ) -> None:
     break_the_loss(monkeypatch, after=0)
-    settings = config(folder, output=f"first-{precision}", precision=precision, data={"eval_rows": 0}, eval_every=None)
+    settings = config(
+        folder, output=f"first-{precision}", precision=precision, check=False, data={"eval_rows": 0}, eval_every=None
+    )
     with pytest.raises(RunError, match="loss is not finite") as raised:
         finetune(settings)
     assert cause in raised.value.fix

@@ -1,7 +1,8 @@
-"""The lowest loss that a frozen head allows: its logits can be no larger than its rows and the hidden state are long.
+"""About the lowest loss that a frozen head allows: how large its logits can be.
 
-The last norm fixes the hidden state's length. In a small or untrained model that keeps every probability well below 1,
-however well the layers learn; in a trained one it hardly matters.
+No logit is larger than its row and the hidden state are long, and the last norm fixes the state's length. In a small or
+untrained model that keeps every probability well below 1, however well the layers learn; in a trained one it hardly
+matters. An estimate: a last norm of uneven gains lets the state be longer in some directions, and the loss fall lower.
 """
 
 from __future__ import annotations

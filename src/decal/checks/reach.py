@@ -47,7 +47,7 @@ def check(job: Job, samples: Sequence[Sample]) -> Check:
             step.backward(job.model, [batch], job.loss, _scaler(job), precision=job.numbers)
             dead = alive.without_gradient(job.model) if number == 0 else dead
         except RunError as error:
-            return failed(NAME, error.what, fix=_fix_dead(job, error.fix))
+            return failed(NAME, f"{error.what}, such as {error.got}", fix=_fix_dead(job, error.fix))
         except RuntimeError as error:
             if "does not require grad" not in str(error):  # torch's word for a loss that nothing trainable is in
                 raise
