@@ -83,7 +83,9 @@ class TrainConfig(Settings):
         default=False, description="Layers are computed again in backward: less memory, more time, equal results."
     )
     check: bool = Field(
-        default=True, description="Begin a new run with the quick checks ([checks.md](checks.md)): some seconds."
+        default=True,
+        description="Begin with a forecast ([plan.md](plan.md)), and a new run with the quick checks "
+        "([checks.md](checks.md)): some seconds.",
     )
     device: str = Field(default="auto", description="`cpu`, `cuda`, `cuda:1`; `auto`: a GPU if there is one.")
     seed: int = Field(default=0, description="Of the order of rows, held-out rows, the adapter's start and dropout.")

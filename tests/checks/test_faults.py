@@ -268,7 +268,7 @@ def test_unlike_texts_without_a_prompt_contradict_nothing() -> None:
 
 def test_a_run_does_not_begin_when_a_check_fails(folder: Path) -> None:
     with pytest.raises(RunError, match=r"the check 'reach' failed: .*train\.lr=1e-12.*Raise train\.lr"):
-        finetune(config(folder, output="refused", lr=1e-12))
+        finetune(config(folder, output="refused", lr=1e-12, check=True))
     assert not (folder / "refused").exists()
 
 

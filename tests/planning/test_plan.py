@@ -118,7 +118,7 @@ def test_a_cards_pace_is_its_rate_where_steps_are_large(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def graded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = make_files(tmp_path_factory.mktemp("graded"))
-    done = finetune(config(folder, steps=6, eval_every=None, data={"eval_rows": 0}))
+    done = finetune(config(folder, steps=6, check=True, eval_every=None, data={"eval_rows": 0}))
     run = RunDir(done.run)
     plan: dict[str, Any] = run.manifest()["plan"]
     (event,) = [e for e in run.events() if e["kind"] == "plan"]

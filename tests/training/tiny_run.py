@@ -38,6 +38,7 @@ def config(folder: Path, *, output: str = "run", data: dict[str, Any] | None = N
             "device": "cpu",
             "eval_every": 4,
             "save_every": 3,
+            "check": False,  # tests/checks, tests/planning and tests/failures/test_healthy.py train with it
             **train,
         },
         output=str(folder / output),

@@ -61,7 +61,8 @@ def finetune(
     run = RunDir(Path(config.output))
     checkpoint = start.starting_point(run, config, resume=resume)
     grader = Grader()
-    job = prepare(config, resumed=run if resume else None, before_weights=grader.foresee)
+    foresee = grader.foresee if config.train.check else None
+    job = prepare(config, resumed=run if resume else None, before_weights=foresee)
     checked = preflight.short(job) if config.train.check and not resume else []
     require(checked)
     facts = manifest.facts(job)
