@@ -141,7 +141,7 @@ def test_a_forecast_that_fails_is_a_note_and_no_more(tmp_path: Path, monkeypatch
         raise RuntimeError("no such operation")
 
     monkeypatch.setattr(memory, "forecast", broken)
-    done = finetune(config(make_files(tmp_path), steps=1, eval_every=None, data={"eval_rows": 0}))
+    done = finetune(config(make_files(tmp_path), steps=1, check=True, eval_every=None, data={"eval_rows": 0}))
     notes = [e["text"] for e in RunDir(done.run).events() if e["kind"] == "note"]
     assert notes == ["no forecast of memory and time could be made (RuntimeError: no such operation)"]
     assert RunDir(done.run).manifest()["plan"] is None
