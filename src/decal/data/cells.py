@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from decal.errors import DataError
+from decal.reading import one_line
 
 Row = Mapping[str, Any]
 Message = Mapping[str, Any]
@@ -124,7 +125,9 @@ def _turn(message: Message, where: str, number: int) -> Turn:
     role = ROLES.get(said.lower()) if isinstance(said, str) else None
     if role is None:
         known = ", ".join(ROLES)
-        raise DataError(f"row {number}: {where} has an unknown role", got=repr(said), fix=f"Known: {known}.")
+        raise DataError(
+            f"row {number}: {where} has an unknown role", got=repr(one_line(said, 60)), fix=f"Known: {known}."
+        )
     content = message["content"] if "content" in message else message.get("value")
     calls = _calls(message, where, number)
     if content is None and calls:

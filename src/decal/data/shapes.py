@@ -144,7 +144,7 @@ def _refuse_labels(row: Row) -> None:
     if labels:
         raise DataError(
             f"the rows hold text and {labels[0]!r}: as plain text the {labels[0]} would never be learnt",
-            got=f"columns {', '.join(row)}",
+            got=f"columns {one_line(', '.join(row), 120)}",
             fix=f"Give template: '{{{{text}}}} -> {{{{{labels[0]}}}}}', or shape: text to learn the text alone.",
         )
 
@@ -236,7 +236,7 @@ def _template_shape(template: str, row: Row) -> Shape:
         if name not in row:
             raise DataError(
                 f"the template names a column that is not there: {name!r}{nearest(name, row)}",
-                got=f"columns {', '.join(row)}",
+                got=f"columns {one_line(', '.join(row), 120)}",
                 fix="Correct the template.",
             )
     last = list(PLACEHOLDER.finditer(template))[-1]
