@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from decal.errors import DataError, Unsupported
+from decal.ops import fuse, regions
 
 # Rows of logits that exist at a time. CPU, SmolLM2's head (V=49152, D=576), 2048 rows, fp32, forward and both
 # gradients' GEMMs, CPU seconds on one AVX2 thread: 32 rows 3.42, 64 2.87, 128 2.54, 256 2.42, 512 2.33, 1024 2.43,
@@ -106,11 +107,12 @@ def _forward(
     for start in range(0, len(h_ND), chunk):
         part = slice(start, start + chunk)
         h, y = h_ND[part], targets[part, None]
-        z = torch.mm(h, W_VD.T, out=buffer[: len(h)]).to(exact)
-        if b_V is not None:
-            z += b_V
-        losses[part], dz = _softmax(z, y)
-        dz = dz.to(h.dtype)
+        z = torch.mm(h, W_VD.T, out=buffer[: len(h)])
+        if b_V is None and fuse.on(z.device):
+            losses[part], dz = regions.cross_entropy_(z, targets[part]), z
+        else:
+            losses[part], dz = _softmax(z.to(exact) if b_V is None else z.to(exact).add_(b_V), y)
+            dz = dz.to(h.dtype)
         if dh is not None:
             torch.mm(dz, W_VD, out=dh[part])
         if dW is not None:
