@@ -46,22 +46,30 @@ SHAPES: dict[str, dict[str, Any]] = {
         "vocab_size": 1024,
     },
 }
-WARM_UP = 3
+WARM_UP = 4  # the last one records the step where it can be
+KERNELS = 30  # of a profile
 
 
-def case(name: str, shape: str, quantize: str | None, seq: int, rows: int, recompute: bool) -> dict[str, Any]:
-    return {"name": name, "shape": shape, "quantize": quantize, "seq": seq, "rows": rows, "recompute": recompute}
+def cases() -> list[dict[str, Any]]:
+    """Each work with all activations kept; recomputed from layer inputs; so, with the embedding's table on the host;
+
+    recomputed from layer inputs in host memory.
+    """
+    works = [
+        ("qlora-8b-4096x2", "8b", "nf4", 4096, 2),
+        ("qlora-8b-2048x1", "8b", "nf4", 2048, 1),
+        ("lora-8b-2048x4", "8b", None, 2048, 4),
+        ("qlora-70b-2048x1", "70b", "nf4", 2048, 1),
+    ]
+    return [
+        {"name": name + ending, "shape": shape, "quantize": quantize, "seq": seq, "rows": rows, "memory": memory}
+        for name, shape, quantize, seq, rows in works
+        for ending, memory in (("", "keep"), ("-recompute", "recompute"), ("-host", "recompute"), ("-offload", "offload"))
+        if shape != "70b" or memory != "keep"
+    ]
 
 
-CASES = [
-    case("qlora-8b-4096x2", "8b", "nf4", 4096, 2, False),
-    case("qlora-8b-4096x2-recompute", "8b", "nf4", 4096, 2, True),
-    case("qlora-8b-2048x1", "8b", "nf4", 2048, 1, False),
-    case("qlora-8b-2048x1-recompute", "8b", "nf4", 2048, 1, True),
-    case("lora-8b-2048x4", "8b", None, 2048, 4, False),
-    case("lora-8b-2048x4-recompute", "8b", None, 2048, 4, True),
-    case("qlora-70b-2048x1-recompute", "70b", "nf4", 2048, 1, True),
-]
+CASES = cases()
 
 
 def build(shape: str, quantize: str | None, device: Any) -> Any:
@@ -104,7 +112,8 @@ def measure(case: dict[str, Any], steps: int, profile: bool) -> dict[str, Any]:
     from decal.model.wrapper import PeftModel
     from decal.spec import LoraConfig, TrainConfig
     from decal.training import losses, optim, precision
-    from decal.training.step import take_step
+    from decal.training.graphs import Graphs
+    from decal.training.step import backward, take_step
 
     device = torch.device(case.get("device", "cuda"))
     numbers = precision.Precision(name="bf16", device=device)
@@ -112,8 +121,8 @@ def measure(case: dict[str, Any], steps: int, profile: bool) -> dict[str, Any]:
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     config = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
     model = PeftModel(model, config, generator=torch.Generator().manual_seed(0))
-    if case["recompute"]:
-        model.gradient_checkpointing_enable()
+    if case["memory"] != "keep":
+        model.activation_checkpointing_enable(offload=case["memory"] == "offload")
     model.train()
     loss = losses.sft(model, lambda text: None)
     train = TrainConfig(lr=2e-4)
@@ -123,19 +132,21 @@ def measure(case: dict[str, Any], steps: int, profile: bool) -> dict[str, Any]:
     scaler = numbers.scaler()
     seconds, results = [], []
     with ExitStack() as stack:
-        stack.enter_context(lean(model))
+        stack.enter_context(lean(model, embedding_on_host=case["name"].endswith("-host")))
+        graphs = Graphs(numbers, say=lambda text: print(text, file=sys.stderr))
+        run = graphs.backward if case.get("graphs", True) else backward
 
         def step() -> None:
             began = time.perf_counter()
-            results.append(take_step(model, group, loss, optimizer, scaler, precision=numbers, limit=1.0))
+            results.append(take_step(model, group, loss, optimizer, scaler, precision=numbers, limit=1.0, run=run))
             if device.type == "cuda":
                 torch.cuda.synchronize()
             seconds.append(time.perf_counter() - began)
 
         for _ in range(WARM_UP):
-            step()
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats()  # so that the last warm-up step counts: it may record a graph,
+            step()  # whose memory is not seen as allocated when it is replayed
         for _ in range(steps):
             step()
         peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
@@ -152,6 +163,7 @@ def measure(case: dict[str, Any], steps: int, profile: bool) -> dict[str, Any]:
         "reserved_gib": reserved / 2**30,
         "weights_gib": weights / 2**30,
         "model_tflops": model_flops(case) / timed / 1e12,
+        "first_step_s": seconds[0],
         "first_loss": results[0].loss,
         "last_loss": results[-1].loss,
         "grad_norm": results[-1].grad_norm,
@@ -180,8 +192,9 @@ def kernel_times(step: Any) -> dict[str, float]:
 
     with profile(activities=[ProfilerActivity.CUDA]) as found:
         step()
-    events = sorted(found.key_averages(), key=lambda e: -e.self_device_time_total)[:30]
-    return {f"{e.key[:110]} x{e.count}": round(e.self_device_time_total / 1e3, 2) for e in events}
+    events = sorted(found.key_averages(), key=lambda e: -e.self_device_time_total)
+    total = {"all kernels": round(sum(e.self_device_time_total for e in events) / 1e3, 2)}
+    return total | {f"{e.key[:110]} x{e.count}": round(e.self_device_time_total / 1e3, 2) for e in events[:KERNELS]}
 
 
 def main() -> None:
@@ -189,6 +202,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", help="names of cases (default: all)")
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--profile", action="store_true", help="the longest kernels of one more step")
+    parser.add_argument("--no-graphs", action="store_true", help="launch by launch, never replayed")
     parser.add_argument("--out", type=Path, help="write the JSON lines here, too")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -196,7 +210,7 @@ def main() -> None:
         print(json.dumps(measure(json.loads(options.case), options.steps, options.profile)))
         return
     chosen = [c for c in CASES if not options.only or c["name"] in options.only]
-    for each in chosen:
+    for each in ({**c, "graphs": not options.no_graphs} for c in chosen):
         words = [sys.executable, __file__, "--case", json.dumps(each), "--steps", str(options.steps)]
         done = subprocess.run([*words, *(["--profile"] if options.profile else [])], capture_output=True, text=True)
         line = done.stdout.strip().splitlines()[-1] if done.returncode == 0 else ""
@@ -207,7 +221,8 @@ def main() -> None:
         if options.out is not None:
             with open(options.out, "a", encoding="utf-8") as file:
                 file.write(line + "\n")
-        speed = f"{found['tokens_per_s']:>8,.0f} tok/s {found['ms']:>7.1f} ms  {found['model_tflops']:.0f} TFLOP/s"
+        took = f"{found['ms']:>7.1f} ms (min {found['ms_min']:.0f}; first {found['first_step_s']:.1f} s)"
+        speed = f"{found['tokens_per_s']:>8,.0f} tok/s {took}  {found['model_tflops']:.0f} TFLOP/s"
         memory = f"peak {found['peak_gib']:.2f} GiB (reserved {found['reserved_gib']:.2f})"
         learnt = f"loss {found['first_loss']:.3f} -> {found['last_loss']:.3f}  gradient {found['grad_norm']:.3f}"
         print(f"{found['name']:<28} {speed}  {memory}  {learnt}", flush=True)

@@ -82,6 +82,10 @@ class TrainConfig(Settings):
     gradient_checkpointing: bool = Field(
         default=False, description="Layers are computed again in backward: less memory, more time, equal results."
     )
+    cuda_graphs: bool = Field(
+        default=True,
+        description="On a card, steps of a shape that came twice are recorded and replayed: equal results, less time.",
+    )
     device: str = Field(default="auto", description="`cpu`, `cuda`, `cuda:1`; `auto`: a GPU if there is one.")
     seed: int = Field(default=0, description="Of the order of rows, held-out rows, the adapter's start and dropout.")
     eval_every: int | None = Field(default=None, ge=1, description="Steps between evaluations; null: an epoch.")

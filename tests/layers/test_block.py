@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from decal import LoraConfig, get_peft_model
 from decal.layers import adapted
-from decal.layers.block import LeanBlock
+from decal.layers.host_embedding import HostEmbedding
 from decal.model.lean import lean
 from decal.ops import fuse
 from decal.ops import block as block_op
@@ -64,3 +64,16 @@ def test_same_loss_and_gradients(
     assert got.keys() == expected.keys()
     for name, gradient in got.items():
         torch.testing.assert_close(gradient, expected[name], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["llama", "llama-tied"])
+def test_an_embedding_on_the_host_gives_the_same_bits(kind: str) -> None:
+    model = adapted_model(kind)
+    loss, expected = loss_and_gradients(model)
+    table = model.get_input_embeddings().weight
+    with lean(model, embedding_on_host=True):
+        assert model.get_input_embeddings().weight is table
+        assert isinstance(model.get_input_embeddings(), HostEmbedding) == (kind == "llama")
+        again, _ = loss_and_gradients(model)
+    assert torch.equal(again, loss)
+    assert isinstance(model.get_input_embeddings(), nn.Embedding)

@@ -42,6 +42,7 @@ class LeanBlock(nn.Module):
         self.shelf, self.index = shelf, index
         offloads = getattr(original, "offloads_checkpoint", False)
         self.memory: Memory = ("offload" if offloads else "recompute") if original.gradient_checkpointing else "keep"
+        self.masked = True  # whether the last call brought a mask: without one attention is causal
         self.activation = str(original.mlp.config.hidden_act)
 
     @property
@@ -50,6 +51,7 @@ class LeanBlock(nn.Module):
 
     def forward(self, hidden_states: Tensor, **given: Any) -> Tensor:
         """(B, S, D) -> (B, S, D), with the arguments that transformers gives a decoder layer."""
+        self.masked = given.get("attention_mask") is not None
         block = self.block(hidden_states, given)
         if block is None:
             self.original.training = self.training

@@ -50,6 +50,22 @@ def chunked_cross_entropy(
             fix="Use the tokenizer that belongs to this model, or resize its embeddings.",
         )
     rows, targets = rows.to(hidden.device), targets.to(hidden.device)
+    return cross_entropy_of_rows(hidden, weight, rows, targets, bias=bias, chunk=chunk), rows.numel()
+
+
+def cross_entropy_of_rows(
+    hidden: Tensor,
+    weight: Tensor,
+    rows: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    chunk: int | None = None,
+) -> Tensor:
+    """Return the summed cross entropy of `targets` (R,) at different `rows` (R,) of `hidden`, all on its device.
+
+    Where regions run (ops/fuse.py) and there is no bias, a target below 0 has no loss.
+    """
     kind = hidden.device.type
     dtype = torch.promote_types(hidden.dtype, weight.dtype)
     if torch.is_autocast_enabled(kind):
@@ -57,7 +73,7 @@ def chunked_cross_entropy(
     size = chunk if chunk is not None else CHUNK.get(kind, CHUNK["cuda"])
     arguments = (hidden, weight, bias, rows, targets, size, dtype, torch.is_grad_enabled())
     loss: Tensor = _ChunkedCrossEntropy.apply(*arguments)  # type: ignore[no-untyped-call]  # torch's is untyped
-    return loss, rows.numel()
+    return loss
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):

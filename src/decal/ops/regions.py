@@ -52,25 +52,29 @@ def _rms_norm_backward(dy: Tensor, x: Tensor, w: Tensor, eps: float) -> Tensor:
 @region
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, heads: int) -> Tensor:
     """Return x (B, S, H, E) with its first `heads` heads turned by RoPE (Su et al. 2021, eq. 34), halves as pairs."""
-    half = x.shape[-1] // 2
-    partner = torch.roll(x, half, -1) * _sign(x, half)
-    turned = x * cos[:, :, None] + partner * sin[:, :, None]
-    return torch.where(torch.arange(x.shape[2], device=x.device)[:, None] < heads, turned, x)
+    pair, c, s, first = _halves(x, cos, sin)
+    a, b = pair[..., :1, :], pair[..., 1:, :]
+    turned = pair * c + torch.where(first, -b, a) * s
+    live = torch.arange(x.shape[2], device=x.device)[:, None, None] < heads
+    return torch.where(live, turned, pair).view(x.shape)
 
 
 @region
 def rotate_backward(dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Return the gradient of `rotate`'s x, (B, S, H, E), from those of queries, keys and values, each (B, H, S, E)."""
-    half = dq.shape[-1] // 2
     parts = []
     for d in (dq.transpose(1, 2), dk.transpose(1, 2)):
-        parts.append(d * cos[:, :, None] - torch.roll(d * sin[:, :, None], half, -1) * _sign(d, half))
+        pair, c, s, first = _halves(d, cos, sin)
+        a, b = pair[..., :1, :] * s[..., :1, :], pair[..., 1:, :] * s[..., 1:, :]
+        parts.append((pair * c + torch.where(first, b, -a)).flatten(-2))
     return torch.cat((*parts, dv.transpose(1, 2)), 2)
 
 
-def _sign(x: Tensor, half: int) -> Tensor:
-    """Return -1 for the first half of a head, 1 for the second."""
-    return torch.where(torch.arange(2 * half, device=x.device) < half, -1.0, 1.0).to(x.dtype)
+def _halves(x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return x, cos and sin with a head's two halves as an axis of its own, and where the first half is."""
+    half = x.shape[-1] // 2
+    c, s = cos[:, :, None].unflatten(-1, (2, half)), sin[:, :, None].unflatten(-1, (2, half))
+    return x.unflatten(-1, (2, half)), c, s, torch.arange(2, device=x.device)[:, None] == 0
 
 
 @region
@@ -110,13 +114,17 @@ def _activation(g: Tensor, activation: str) -> tuple[Tensor, Tensor]:
 
 @region
 def cross_entropy_(z: Tensor, y: Tensor) -> Tensor:
-    """Return each row's loss for logits z (N, V) and labels y (N,), and write its gradient, softmax - onehot, over z."""
+    """Return each row's loss for logits z (N, V) and labels y (N,), and write its gradient, softmax - onehot, over z.
+
+    A row with a label below 0 has neither.
+    """
     wide = _wide(z)
     top = wide.amax(1, keepdim=True)
     lse = (wide - top).exp().sum(1, keepdim=True).log() + top
-    losses = lse.flatten() - wide.gather(1, y[:, None]).flatten()
+    live = y >= 0
+    losses = torch.where(live, lse.flatten() - wide.gather(1, y.clamp(min=0)[:, None]).flatten(), 0.0)
     onehot = torch.arange(z.shape[1], device=z.device) == y[:, None]
-    z.copy_((wide - lse).exp() - onehot.to(wide.dtype))
+    z.copy_(torch.where(live[:, None], (wide - lse).exp() - onehot.to(wide.dtype), 0.0))
     return losses
 
 

@@ -16,12 +16,13 @@ from decal.errors import RunError
 from decal.rundir import RunDir
 from decal.spec import TrainConfig
 from decal.training import alive, optim, plan, state
+from decal.training.graphs import Graphs
 from decal.training.interrupt import Interrupted, listening
 from decal.training.losses import Loss
 from decal.training.plan import Plan
 from decal.training.precision import Precision
 from decal.training.state import Progress
-from decal.training.step import NotFinite, StepResult, take_step
+from decal.training.step import NotFinite, StepResult, backward, take_step
 
 OVERFLOWS = 20  # fp16: a scale that is still too large after halving 20 times will not be found
 
@@ -80,6 +81,8 @@ def train(
     todo = plan.make(config, steps_per_epoch=batches.steps_per_epoch, evaluates=evaluate is not None)
     done, scaler = Progress(), precision.scaler()
     optimizer = optim.build(model, config, say=lambda text: emit("note", text=text))
+    graphs = Graphs(precision, say=lambda text: emit("note", text=text)) if wrap is identity else None
+    run_backward = graphs.backward if graphs is not None and config.cuda_graphs else backward
     job = state.Training(model=model, optimizer=optimizer, scaler=scaler, batches=batches, progress=done)
     if resume is not None:
         state.load(resume, job)
@@ -100,7 +103,15 @@ def train(
             with _diverging(run, done, precision):
                 limit = config.max_grad_norm
                 result = take_step(
-                    model, group, loss, optimizer, scaler, precision=precision, limit=limit, inspect=inspect
+                    model,
+                    group,
+                    loss,
+                    optimizer,
+                    scaler,
+                    precision=precision,
+                    limit=limit,
+                    inspect=inspect,
+                    run=run_backward,
                 )
             _count(done, result, time.perf_counter() - clock)
             emit("step", **_fields(done, result, config.lr * share, todo, time.perf_counter() - clock))

@@ -14,7 +14,15 @@ from decal.training.optim import PAGED
 
 # Settings that say where and how a result is computed or watched, not what it is; all others are fixed for a run.
 FREE = frozenset(
-    {"output", "train.device", "train.log_to", "train.keep", "train.save_every", "train.gradient_checkpointing"}
+    {
+        "output",
+        "train.device",
+        "train.log_to",
+        "train.keep",
+        "train.save_every",
+        "train.gradient_checkpointing",
+        "train.cuda_graphs",
+    }
 )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +37,20 @@ class NotFinite(RunError):
         super().__init__(what, got=value, fix=fix)
 
 
+class Backward(Protocol):
+    """How the gradients of a step come about: `backward` below, or replayed (training/graphs.py)."""
+
+    def __call__(
+        self,
+        model: nn.Module,
+        batches: Sequence[Batch],
+        loss: Loss,
+        scaler: torch.amp.GradScaler,
+        *,
+        precision: Precision,
+    ) -> Tensor: ...
+
+
 def take_step(
     model: nn.Module,
     batches: Sequence[Batch],
@@ -46,6 +61,7 @@ def take_step(
     precision: Precision,
     limit: float,
     inspect: Callable[[], object] | None = None,
+    run: Backward | None = None,
 ) -> StepResult:
     """Move the weights by the gradient of the mean loss over all micro-batches together, clipped to norm `limit`.
 
@@ -53,7 +69,7 @@ def take_step(
     4 rows. `inspect` is called when the gradients are there and the weights have not moved yet. Raises NotFinite
     before the weights move if the loss, or outside fp16 the gradient, is not finite.
     """
-    total = backward(model, batches, loss, scaler, precision=precision)
+    total = (run or backward)(model, batches, loss, scaler, precision=precision)
     if inspect is not None:
         inspect()
     scaler.unscale_(optimizer)
