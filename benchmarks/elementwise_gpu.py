@@ -1,6 +1,6 @@
-"""The elementwise parts of a layer on a CUDA card: plain PyTorch, compiled (ops/fuse.py), Liger-Kernel where it has it.
+"""The elementwise parts of a layer on a CUDA card: plain PyTorch, compiled (ops/fuse.py), Liger-Kernel.
 
-Llama-3.1-8B's widths, 8,192 rows, bf16; microseconds, the median of 20 after 5; TB/s counts what must be read and written.
+Llama-3.1-8B's widths, 8,192 rows, bf16; microseconds, the median of 20 after 5; TB/s counts what must move.
 
     python benchmarks/elementwise_gpu.py
 """
@@ -100,8 +100,8 @@ def main() -> None:
             except Exception as error:  # a benchmark goes on
                 theirs = type(error).__name__
         print(
-            f"{name:<24} plain {plain:8.1f} us  compiled {compiled:8.1f} us ({size / compiled / 1e6:.2f} TB/s, first call "
-            f"{seconds:.1f} s)  Liger {theirs}",
+            f"{name:<24} plain {plain:8.1f} us  compiled {compiled:8.1f} us ({size / compiled / 1e6:.2f} TB/s; "
+            f"first call {seconds:.1f} s)  Liger {theirs}",
             flush=True,
         )
 

@@ -64,7 +64,12 @@ def cases() -> list[dict[str, Any]]:
     return [
         {"name": name + ending, "shape": shape, "quantize": quantize, "seq": seq, "rows": rows, "memory": memory}
         for name, shape, quantize, seq, rows in works
-        for ending, memory in (("", "keep"), ("-recompute", "recompute"), ("-host", "recompute"), ("-offload", "offload"))
+        for ending, memory in (
+            ("", "keep"),
+            ("-recompute", "recompute"),
+            ("-host", "recompute"),
+            ("-offload", "offload"),
+        )
         if shape != "70b" or memory != "keep"
     ]
 

@@ -82,6 +82,10 @@ class TrainConfig(Settings):
     gradient_checkpointing: bool = Field(
         default=False, description="Layers are computed again in backward: less memory, more time, equal results."
     )
+    memory: str | None = Field(
+        default=None,
+        description="A card's memory to spend, never to exceed, such as `8GiB`: decides what layers keep.",
+    )
     cuda_graphs: bool = Field(
         default=True,
         description="On a card, steps of a shape that came twice are recorded and replayed: equal results, less time.",

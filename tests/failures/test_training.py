@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -12,10 +10,8 @@ import torch
 from decal import LoraConfig, get_peft_model
 from decal.errors import DecalError
 from decal.recipes.finetune import finetune
-from decal.spec import RunConfig, TrainConfig
-from decal.training import losses, optim, state
-from decal.training.precision import Precision
-from decal.training.step import take_step
+from decal.spec import RunConfig
+from decal.training import losses, state
 from tests import models
 from tests.failures.page import told
 from tests.training.tiny_run import config, make_files

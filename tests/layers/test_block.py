@@ -12,8 +12,8 @@ from decal import LoraConfig, get_peft_model
 from decal.layers import adapted
 from decal.layers.host_embedding import HostEmbedding
 from decal.model.lean import lean
-from decal.ops import fuse
 from decal.ops import block as block_op
+from decal.ops import fuse
 from tests.models import make
 
 IDS = torch.randint(3, 40, (3, 64), generator=torch.Generator().manual_seed(0))
@@ -69,7 +69,7 @@ def test_same_loss_and_gradients(
 @pytest.mark.parametrize("kind", ["llama", "llama-tied"])
 def test_an_embedding_on_the_host_gives_the_same_bits(kind: str) -> None:
     model = adapted_model(kind)
-    loss, expected = loss_and_gradients(model)
+    loss, _ = loss_and_gradients(model)
     table = model.get_input_embeddings().weight
     with lean(model, embedding_on_host=True):
         assert model.get_input_embeddings().weight is table

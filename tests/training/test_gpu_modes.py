@@ -61,7 +61,7 @@ def made(quantize: str | None) -> nn.Module:
     with torch.no_grad():
         for p in adapted.parameters():
             if p.requires_grad:
-                p *= 0.1
+                p.mul_(0.1)
     return adapted
 
 
@@ -133,7 +133,9 @@ def errors(quantize: str | None) -> dict[str, float]:
     return {name: distance(got, expected) for name, got in found.items()}
 
 
-def twenty(quantize: str | None, memory: Memory, before: int, length: int = 256) -> tuple[list[float], list[Tensor], int]:
+def twenty(
+    quantize: str | None, memory: Memory, before: int, length: int = 256
+) -> tuple[list[float], list[Tensor], int]:
     """The losses of 20 steps, the adapter after them, and how many shapes were recorded."""
     model = made(quantize)
     numbers = precision.resolve("bf16", torch.device("cuda"))
@@ -146,7 +148,14 @@ def twenty(quantize: str | None, memory: Memory, before: int, length: int = 256)
     with mode(model, memory), sdpa_kernel(SDPBackend.MATH):  # the quick ones sum in no fixed order
         for _ in range(20):
             result = take_step(
-                model, [batch(2, length)], loss, optimizer, numbers.scaler(), precision=numbers, limit=1.0, run=ran.backward
+                model,
+                [batch(2, length)],
+                loss,
+                optimizer,
+                numbers.scaler(),
+                precision=numbers,
+                limit=1.0,
+                run=ran.backward,
             )
             losses.append(result.loss)
     assert said == []

@@ -35,11 +35,11 @@ class LeanBlock(nn.Module):
     It stands on the very modules of the original, so that names, parameters and files do not change.
     """
 
-    def __init__(self, original: Any, shelf: Shelf, index: int) -> None:
+    def __init__(self, original: Any, shelf: Shelf) -> None:
         super().__init__()
         self._original: tuple[Any] = (original,)  # in a tuple: not a part of this module
         self._modules = original._modules
-        self.shelf, self.index = shelf, index
+        self.shelf = shelf
         offloads = getattr(original, "offloads_checkpoint", False)
         self.memory: Memory = ("offload" if offloads else "recompute") if original.gradient_checkpointing else "keep"
         self.masked = True  # whether the last call brought a mask: without one attention is causal
@@ -66,9 +66,19 @@ class LeanBlock(nn.Module):
         mlp: Any = self.mlp
         return [getattr(attention, name) for name in LINEARS[:4]] + [getattr(mlp, name) for name in LINEARS[4:]]
 
+    def kept_bytes(self) -> int:
+        """Return the bytes that a token costs where the layer keeps all that backward reads, in 16 bits."""
+        q, k, v, o, gate, up, _ = (_outputs(linear) for linear in self.linears())
+        return 2 * (2 * o + 2 * q + k + v + gate + up)  # x, the sum after attention, q, attention's output, ...
+
+    def input_bytes(self) -> int:
+        """Return the bytes of a token's input, in 16 bits."""
+        return 2 * _outputs(self.linears()[3])
+
     def block(self, x: Tensor, given: dict[str, Any]) -> Block | None:
         """Return the frozen parts, or None where this call asks for more than the one function does."""
         attention: Any = self.self_attn
+        norms: tuple[Any, Any] = self.input_layernorm, self.post_attention_layernorm
         rotation = given.get("position_embeddings")
         if (
             not (torch.is_grad_enabled() and self.training and fuse.on(x.device))
@@ -77,7 +87,7 @@ class LeanBlock(nn.Module):
             or rotation[0].shape[-1] != attention.head_dim
             or rotation[0].dtype != x.dtype
             or x.dtype != _computed(x)
-            or any(norm.weight.dtype != x.dtype for norm in (self.input_layernorm, self.post_attention_layernorm))
+            or any(norm.weight.dtype != x.dtype for norm in norms)
             or attention.config._attn_implementation not in INTERFACES
             or attention.attention_dropout > 0
         ):
@@ -89,9 +99,11 @@ class LeanBlock(nn.Module):
             return None
         merged = [_merges(linear, rows, x) for linear in self.linears()]
         groups = [Group(tuple(found[part]), all(merged[part])) for part in GROUPS]
-        norms = self.input_layernorm, self.post_attention_layernorm
         return Block(
-            *groups,
+            qkv=groups[0],
+            o=groups[1],
+            gate_up=groups[2],
+            down=groups[3],
             norms=(norms[0].weight, norms[1].weight),
             eps=(_eps(norms[0]), _eps(norms[1])),
             heads=(found[0].outputs // attention.head_dim, found[1].outputs // attention.head_dim),
@@ -100,7 +112,6 @@ class LeanBlock(nn.Module):
             attend=partial(self._attend, mask=given.get("attention_mask")),
             memory=self.memory,
             shelf=self.shelf,
-            index=self.index,
         )
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, *, mask: Any) -> Tensor:
@@ -110,7 +121,7 @@ class LeanBlock(nn.Module):
         return out
 
 
-def block_of(module: nn.Module, shelf: Shelf, index: int) -> LeanBlock | None:
+def block_of(module: nn.Module, shelf: Shelf) -> LeanBlock | None:
     """Return the one-function form of a decoder layer of a known class, else None."""
     kind: Any = type(module)
     if kind.__name__ not in LAYERS or not kind.__module__.startswith("transformers.models."):
@@ -121,7 +132,13 @@ def block_of(module: nn.Module, shelf: Shelf, index: int) -> LeanBlock | None:
     known = known and all(type(n).__name__ in NORMS and not n.weight.requires_grad for n in norms)
     hooked = any(m._forward_hooks or m._forward_pre_hooks for m in (module, parts.self_attn, parts.mlp, *norms))
     plain = getattr(parts.mlp.config, "hidden_act", "") in ("silu", "gelu_pytorch_tanh")
-    return LeanBlock(module, shelf, index) if known and plain and not hooked else None
+    return LeanBlock(module, shelf) if known and plain and not hooked else None
+
+
+def _outputs(linear: nn.Module) -> int:
+    outputs = linear.out_features
+    assert isinstance(outputs, int), "linear layers say how wide they are"
+    return outputs
 
 
 def _computed(x: Tensor) -> torch.dtype:

@@ -28,17 +28,18 @@ class HostEmbedding(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         """(...) on any device -> (..., D) on the device that the table was on."""
-        rows = torch.empty(
-            *ids.shape, self.weight.shape[1], dtype=self.weight.dtype, pin_memory=self.device.type == "cuda"
-        )
-        torch.index_select(self.weight, 0, ids.flatten().cpu(), out=rows.view(-1, rows.shape[-1]))
-        return rows.to(self.device, non_blocking=True)
+        return self.rows(ids).to(self.device, non_blocking=True)
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """(...) -> (..., D) in pinned host memory."""
+        shape = (*ids.shape, self.weight.shape[1])
+        out = torch.empty(shape, dtype=self.weight.dtype, pin_memory=self.device.type == "cuda")
+        torch.index_select(self.weight, 0, ids.flatten().cpu(), out=out.view(-1, shape[-1]))
+        return out
 
 
-def host_of(module: nn.Module, tied_to: nn.Module | None) -> HostEmbedding | None:
-    """Return the form of a plain frozen embedding on the host, else None; one whose table is also a head's stays."""
+def host_of(module: nn.Module, head: nn.Module | None) -> HostEmbedding | None:
+    """Return the form of a plain frozen embedding on the host, else None; a table that is also the head's stays."""
     if type(module) is not nn.Embedding or module.weight.requires_grad or module.max_norm is not None:
         return None
-    if isinstance(getattr(tied_to, "weight", None), Tensor) and tied_to is not None and tied_to.weight is module.weight:
-        return None
-    return HostEmbedding(module)
+    return None if getattr(head, "weight", None) is module.weight else HostEmbedding(module)

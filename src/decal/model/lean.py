@@ -26,17 +26,17 @@ def lean(model: nn.Module, *, embedding_on_host: bool = False) -> Iterator[int]:
     With `embedding_on_host` the table of the input embedding lies in host memory meanwhile.
     """
     swapped: list[tuple[str, Lean]] = []
-    shelf, blocks = Shelf(), 0
+    shelf = Shelf()
     one_function = fuse.on(next(model.parameters()).device)
-    inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    unwrap: Any = getattr(model, "get_base_model", None)
+    inner: Any = model if unwrap is None else unwrap()
     table = inner.get_input_embeddings() if embedding_on_host else None
     for name, module in list(model.named_modules()):
         new: Lean | None = lean_of(module)
-        if new is None and module is table:
+        if new is None and table is not None and module is table:
             new = host_of(module, inner.get_output_embeddings())
         if new is None and one_function:
-            new = block_of(module, shelf, blocks)
-            blocks += new is not None
+            new = block_of(module, shelf)
         if new is not None:
             new.train(module.training)
             place(model, name, new)
@@ -62,11 +62,10 @@ def in_one_function(body: Any, length: int) -> bool:
     return all(isinstance(layer, LeanBlock) and not layer.masked for layer in layers)
 
 
-def embedded(body: Any, input_ids: Tensor, device: torch.device) -> Tensor:
-    """Return what `run_layers` takes: token ids, or their rows where the embedding lies on the host."""
-    on_host = isinstance(body.embed_tokens, HostEmbedding)
-    rows: Tensor = body.embed_tokens(input_ids) if on_host else input_ids.to(device)
-    return rows
+def embedded(body: Any, input_ids: Tensor) -> Tensor:
+    """Return what `run_layers` takes, on the host: token ids, or their rows where the embedding lies there."""
+    table = body.embed_tokens
+    return table.rows(input_ids) if isinstance(table, HostEmbedding) else input_ids
 
 
 def run_layers(body: Any, inputs: Tensor) -> Tensor:

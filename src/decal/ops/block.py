@@ -26,8 +26,10 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q (B, H, S, E), k, v (B, 
 
 
 class Shelf(Protocol):
-    def put(self, index: int, x: Tensor) -> None: ...
-    def take(self, index: int, device: torch.device) -> Tensor: ...
+    """Where the inputs of layers wait for backward."""
+
+    def put(self, x: Tensor) -> Any: ...
+    def take(self, parked: Any) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,12 @@ class Block:
     attend: Attend
     memory: Memory
     shelf: Shelf
-    index: int
+
+    @property
+    def columns(self) -> list[int]:
+        """The widths of all queries, all keys and all values of a row."""
+        query, kv = self.heads
+        return [query * self.width, kv * self.width, kv * self.width]
 
     @property
     def groups(self) -> tuple[Group, ...]:
@@ -82,8 +89,7 @@ class _Layer(torch.autograd.Function):
             if y is None:
                 y = _alone(block.down, h, factors[3]).add_(state.x2)
         ctx.block, ctx.state, ctx.shape = block, state if block.memory == "keep" else None, x.shape
-        if block.memory == "offload":
-            block.shelf.put(block.index, x)
+        ctx.parked = block.shelf.put(x) if block.memory == "offload" else None
         ctx.save_for_backward(None if block.memory == "offload" else x, cos, sin, *flat)
         return y.view(x.shape)
 
@@ -93,7 +99,7 @@ class _Layer(torch.autograd.Function):
         block: Block = ctx.block
         x, cos, sin, *flat = ctx.saved_tensors
         if x is None:
-            x = block.shelf.take(block.index, dy.device)
+            x = block.shelf.take(ctx.parked)
         state, ctx.state = ctx.state, None
         with torch.autocast(dy.device.type, enabled=False):
             factors = _by_group(block, flat)
@@ -126,19 +132,17 @@ def _alone(group: Group, x_ND: Tensor, factors: Sequence[Factors]) -> Tensor:
     return out
 
 
-def _run(
-    block: Block, x: Tensor, cos: Tensor, sin: Tensor, factors: list[list[Factors]], *, graph: bool
-) -> _State:
+def _run(block: Block, x: Tensor, cos: Tensor, sin: Tensor, factors: list[list[Factors]], *, graph: bool) -> _State:
     """Run the layer up to gate and up; with `graph` attention can be differentiated."""
     x_ND = x.reshape(-1, x.shape[-1])
     query, kv = block.heads
     n = regions.rms_norm(x_ND, block.norms[0], block.eps[0])
     raw = n.new_empty(len(n), (query + 2 * kv) * block.width)
-    block.qkv.forward(n, factors[0], raw.split([query * block.width, kv * block.width, kv * block.width], 1), raw)
+    block.qkv.forward(n, factors[0], torch.split(raw, block.columns, 1), raw)
     del n
     turned = regions.rotate(raw.view(*x.shape[:-1], query + 2 * kv, block.width), cos, sin, query + kv)
     del raw
-    q, k, v = (part.transpose(1, 2).detach() for part in turned.split([query, kv, kv], 2))
+    q, k, v = (part.transpose(1, 2).detach() for part in torch.split(turned, [query, kv, kv], 2))
     with torch.set_grad_enabled(graph):
         if graph:
             q.requires_grad_(), k.requires_grad_(), v.requires_grad_()
@@ -176,8 +180,7 @@ def _backward(
     state.drop("o", "q", "k", "v")
     whole = regions.rotate_backward(dq, dk, dv, cos, sin).view(len(x_ND), -1)
     del dq, dk, dv, do
-    query, kv = block.heads
-    dqkv = whole.split([query * block.width, kv * block.width, kv * block.width], 1)
+    dqkv = torch.split(whole, block.columns, 1)
     projected = block.qkv.project(dqkv, factors[0])
     n = regions.rms_norm(x_ND, block.norms[0], block.eps[0])
     of_qkv = block.qkv.factor_gradients(dqkv, n, factors[0], projected)

@@ -73,7 +73,7 @@ def region(function: Callable[P, R]) -> Callable[P, R]:
 
 def _failures() -> tuple[type[Exception], ...]:
     """Return what torch.compile raises when it is the compiler that failed (nothing has been computed then)."""
-    from torch._dynamo.exc import TorchDynamoException  # loaded with the first compilation anyway
+    from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException  # loaded by the first compilation
     from torch._inductor.exc import InductorError
 
-    return TorchDynamoException, InductorError
+    return TorchDynamoException, FailOnRecompileLimitHit, InductorError

@@ -135,7 +135,7 @@ class Group:
         live = [(p.scale, len(pair[0])) for p, pair in zip(self.products, factors, strict=True) if pair is not None]
         if len({scale for scale, _ in live}) == 1:
             return S_NR.mul_(live[0][0])
-        for (scale, _), columns in zip(live, S_NR.split([rank for _, rank in live], 1), strict=True):
+        for (scale, _), columns in zip(live, torch.split(S_NR, [rank for _, rank in live], 1), strict=True):
             columns.mul_(scale)
         return S_NR
 
@@ -151,7 +151,7 @@ class Group:
         """Return all merged weights, one above the other, in the shared buffer."""
         outputs = [p.outputs for p in self.products]
         W = workspace.buffer((sum(outputs), self.products[0].inputs), like.dtype, like.device)
-        for product, pair, rows in zip(self.products, factors, W.split(outputs), strict=True):
+        for product, pair, rows in zip(self.products, factors, torch.split(W, outputs), strict=True):
             product.write(rows, *(pair or (None, None)))
         return W
 
@@ -164,7 +164,7 @@ def _narrow(factors: Sequence[Factors], like: Tensor) -> tuple[Tensor | None, li
     ranks = [len(A) for A, _ in pairs]
     A_RD = like.new_empty(sum(ranks), pairs[0][0].shape[1])
     Bs = [like.new_empty(B.shape) for _, B in pairs]
-    torch._foreach_copy_([*A_RD.split(ranks), *Bs], [A for A, _ in pairs] + [B for _, B in pairs])
+    torch._foreach_copy_([*torch.split(A_RD, ranks), *Bs], [A for A, _ in pairs] + [B for _, B in pairs])
     return A_RD, Bs
 
 

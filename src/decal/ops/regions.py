@@ -73,8 +73,8 @@ def rotate_backward(dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor
 def _halves(x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return x, cos and sin with a head's two halves as an axis of its own, and where the first half is."""
     half = x.shape[-1] // 2
-    c, s = cos[:, :, None].unflatten(-1, (2, half)), sin[:, :, None].unflatten(-1, (2, half))
-    return x.unflatten(-1, (2, half)), c, s, torch.arange(2, device=x.device)[:, None] == 0
+    c, s = (t.reshape(*t.shape[:2], 1, 2, half) for t in (cos, sin))
+    return x.reshape(*x.shape[:-1], 2, half), c, s, torch.arange(2, device=x.device)[:, None] == 0
 
 
 @region

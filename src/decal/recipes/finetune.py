@@ -17,7 +17,7 @@ from decal.evaluate.loss import evaluate
 from decal.model.lean import lean
 from decal.rundir import RunDir
 from decal.spec import RunConfig
-from decal.training import logs, loop, manifest, start, state
+from decal.training import budget, logs, loop, manifest, start, state
 from decal.training.job import Job, prepare
 from decal.training.loop import Measured
 
@@ -62,7 +62,12 @@ def finetune(
         report("resume" if checkpoint else "start", model=config.model, **facts["parameters"])
         for note in () if checkpoint else job.notes:
             report("note", text=note)
-        with lean(job.model):  # equal results, less kept for backward
+        device = job.numbers.device
+        on_host = budget.wants_embedding_on_host(job.model, config, device)
+        with (
+            lean(job.model, embedding_on_host=on_host),  # equal results, less kept for backward
+            budget.spent(job.model, config, device, lambda text: report("note", text=text)) as spend,
+        ):
             progress = loop.train(
                 job.model,
                 job.batches,
@@ -75,6 +80,7 @@ def finetune(
                 save_adapter=job.model.save_pretrained if config.train.method == "lora" else None,
                 resume=checkpoint,
                 wrap=wrap,
+                budget=spend,
             )
         kept = state.keep_best(run, progress, job.model)
         if kept != progress.step:

@@ -16,6 +16,7 @@ from decal.errors import RunError
 from decal.rundir import RunDir
 from decal.spec import TrainConfig
 from decal.training import alive, optim, plan, state
+from decal.training.budget import Budget
 from decal.training.graphs import Graphs
 from decal.training.interrupt import Interrupted, listening
 from decal.training.losses import Loss
@@ -70,19 +71,22 @@ def train(
     save_adapter: Callable[[Path], object] | None = None,
     resume: Path | None = None,
     wrap: Callable[[nn.Module], nn.Module] = identity,
+    budget: Budget | None = None,
 ) -> Progress:
     """Train the model's trainable parameters in place and return how far it came.
 
     `evaluate` measures the model on held-out data; `save_adapter` adds the adapter's own format to each checkpoint;
-    `resume` is a checkpoint to go on from. Raises Interrupted after a signal, once the step under way is saved;
-    RunError if nothing can be learnt or the loss is not finite.
+    `resume` is a checkpoint to go on from, `budget` bounds a card's memory. Raises Interrupted after a signal, once the
+    step under way is saved; RunError if nothing can be learnt or the loss is not finite.
     """
     model = wrap(model)
     todo = plan.make(config, steps_per_epoch=batches.steps_per_epoch, evaluates=evaluate is not None)
     done, scaler = Progress(), precision.scaler()
     optimizer = optim.build(model, config, say=lambda text: emit("note", text=text))
-    graphs = Graphs(precision, say=lambda text: emit("note", text=text)) if wrap is identity else None
-    run_backward = graphs.backward if graphs is not None and config.cuda_graphs else backward
+    graphs = Graphs(precision, say=lambda text: emit("note", text=text))
+    run_backward = graphs.backward if config.cuda_graphs and wrap is identity else backward
+    if budget is not None:
+        run_backward = budget.guarded(run_backward, graphs.forget)
     job = state.Training(model=model, optimizer=optimizer, scaler=scaler, batches=batches, progress=done)
     if resume is not None:
         state.load(resume, job)
@@ -113,6 +117,8 @@ def train(
                     inspect=inspect,
                     run=run_backward,
                 )
+            if budget is not None:
+                budget.stepped(graphs.forget)
             _count(done, result, time.perf_counter() - clock)
             emit("step", **_fields(done, result, config.lr * share, todo, time.perf_counter() - clock))
             better = False

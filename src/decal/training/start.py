@@ -22,6 +22,7 @@ FREE = frozenset(
         "train.save_every",
         "train.gradient_checkpointing",
         "train.cuda_graphs",
+        "train.memory",
     }
 )
 

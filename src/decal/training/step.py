@@ -76,16 +76,33 @@ def take_step(
     weights = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     norm = torch.nn.utils.get_total_norm([p.grad for p in weights])
     torch.nn.utils.clip_grads_with_norm_(weights, limit, norm)
-    mean, grad_norm = torch.stack([total, norm.float()]).tolist()  # the step's one wait for the device
-    overflow = scaler.is_enabled() and not math.isfinite(grad_norm)
-    _check_finite(mean, 0.0 if overflow else grad_norm)
-    scaler.step(optimizer)
-    scaler.update()
-    optimizer.zero_grad(set_to_none=True)
+    both = torch.stack([total, norm.float()])
+    if _skips_by_itself(optimizer, scaler):  # the card decides, so that the host need not wait before the step
+        optimizer.found_inf = (~both.isfinite().all()).float()  # type: ignore[attr-defined]  # as GradScaler does
+        optimizer.step()
+        del optimizer.found_inf  # type: ignore[attr-defined]
+        optimizer.zero_grad(set_to_none=True)
+        mean, grad_norm = both.tolist()
+        overflow = False
+        _check_finite(mean, grad_norm)
+    else:
+        mean, grad_norm = both.tolist()  # the step's one wait for the device
+        overflow = scaler.is_enabled() and not math.isfinite(grad_norm)
+        _check_finite(mean, 0.0 if overflow else grad_norm)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
     counts = sum(loss.count(batch) for batch in batches)
     return StepResult(
         loss=mean, grad_norm=grad_norm, count=counts, tokens=sum(b.tokens for b in batches), skipped=overflow
     )
+
+
+def _skips_by_itself(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> bool:
+    """Whether the optimizer leaves its weights and states alone where `found_inf` is 1: torch's fused AdamW."""
+    groups = optimizer.param_groups
+    fused = type(optimizer) is torch.optim.AdamW and all(group["fused"] for group in groups)
+    return fused and not scaler.is_enabled() and groups[0]["params"][0].is_cuda
 
 
 def backward(
