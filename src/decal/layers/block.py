@@ -21,9 +21,9 @@ from decal.ops import fuse
 from decal.ops.block import Block, Memory, layer
 from decal.ops.products import Group, Product
 
-# Classes of transformers whose forward pass is ops/block.py's: bias on q, k, v at most, RoPE over whole heads.
-LAYERS = {"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer"}
-ATTENTIONS = {"LlamaAttention", "MistralAttention", "Qwen2Attention"}
+# Classes of transformers whose forward pass is ops/block.py's, with RoPE over whole heads.
+LAYERS = {"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer"}
+ATTENTIONS = {"LlamaAttention", "MistralAttention", "Qwen2Attention", "Qwen3Attention"}
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 GROUPS = (slice(0, 3), slice(3, 4), slice(4, 6), slice(6, 7))
 INTERFACES = {"sdpa", "flex_attention"}  # transformers' names of attentions whose mask says all there is to say
@@ -69,7 +69,10 @@ class LeanBlock(nn.Module):
     def kept_bytes(self) -> int:
         """Return the bytes that a token costs where the layer keeps all that backward reads, in 16 bits."""
         q, k, v, o, gate, up, _ = (_outputs(linear) for linear in self.linears())
-        return 2 * (2 * o + 2 * q + k + v + gate + up)  # x, the sum after attention, q, attention's output, ...
+        before = q + k + v if len(norms_of(self)) > 2 else 0
+        return 2 * (
+            2 * o + 2 * q + k + v + gate + up + before
+        )  # x, the sum after attention, q, attention's output, ...
 
     def input_bytes(self) -> int:
         """Return the bytes of a token's input, in 16 bits."""
@@ -78,7 +81,7 @@ class LeanBlock(nn.Module):
     def block(self, x: Tensor, given: dict[str, Any]) -> Block | None:
         """Return the frozen parts, or None where this call asks for more than the one function does."""
         attention: Any = self.self_attn
-        norms: tuple[Any, Any] = self.input_layernorm, self.post_attention_layernorm
+        norms = norms_of(self)
         rotation = given.get("position_embeddings")
         if (
             not (torch.is_grad_enabled() and self.training and fuse.on(x.device))
@@ -106,6 +109,7 @@ class LeanBlock(nn.Module):
             down=groups[3],
             norms=(norms[0].weight, norms[1].weight),
             eps=(_eps(norms[0]), _eps(norms[1])),
+            head_norms=None if len(norms) == 2 else (norms[2].weight, norms[3].weight, _eps(norms[2])),
             heads=(found[0].outputs // attention.head_dim, found[1].outputs // attention.head_dim),
             width=attention.head_dim,
             activation=self.activation,
@@ -127,12 +131,18 @@ def block_of(module: nn.Module, shelf: Shelf) -> LeanBlock | None:
     if kind.__name__ not in LAYERS or not kind.__module__.startswith("transformers.models."):
         return None
     parts: Any = module
-    norms = parts.input_layernorm, parts.post_attention_layernorm
+    norms = norms_of(parts)
     known = type(parts.self_attn).__name__ in ATTENTIONS and type(parts.mlp).__name__ in MLPS
     known = known and all(type(n).__name__ in NORMS and not n.weight.requires_grad for n in norms)
     hooked = any(m._forward_hooks or m._forward_pre_hooks for m in (module, parts.self_attn, parts.mlp, *norms))
     plain = getattr(parts.mlp.config, "hidden_act", "") in ("silu", "gelu_pytorch_tanh")
     return LeanBlock(module, shelf) if known and plain and not hooked else None
+
+
+def norms_of(layer: Any) -> list[Any]:
+    """Return a decoder layer's norms: before attention, before the MLP, and of queries and keys where there are any."""
+    heads = [getattr(layer.self_attn, name, None) for name in ("q_norm", "k_norm")]
+    return [layer.input_layernorm, layer.post_attention_layernorm, *(norm for norm in heads if norm is not None)]
 
 
 def _outputs(linear: nn.Module) -> int:

@@ -49,7 +49,7 @@ def lean(model: nn.Module, *, embedding_on_host: bool = False) -> Iterator[int]:
             place(model, name, original.train(new.training))
 
 
-BODIES = {"LlamaModel", "MistralModel", "Qwen2Model"}  # of transformers: an embedding, layers and a norm
+BODIES = {"LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model"}  # of transformers: an embedding, layers and a norm
 
 
 def in_one_function(body: Any, length: int) -> bool:
@@ -80,3 +80,14 @@ def run_layers(body: Any, inputs: Tensor) -> Tensor:
         hidden = layer(hidden, attention_mask=None, position_embeddings=rotation)
     out: Tensor = body.norm(hidden)
     return out
+
+
+def general_note(model: nn.Module) -> str | None:
+    """Return what is to be said of a swapped model on a card whose layers are not of one function; None if they are."""
+    blocks = any(isinstance(module, LeanBlock) for module in model.modules())
+    if blocks or not fuse.on(next(model.parameters()).device):
+        return None
+    return (
+        "this model's layers run in their general form, with equal results, slower and with more memory: the quick one "
+        f"is for {', '.join(sorted(name.removesuffix('Model') for name in BODIES))} with a frozen base"
+    )

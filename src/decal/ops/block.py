@@ -42,6 +42,7 @@ class Block:
     down: Group
     norms: tuple[Tensor, Tensor]
     eps: tuple[float, float]
+    head_norms: tuple[Tensor, Tensor, float] | None  # of queries and keys, and their epsilon (Qwen3)
     heads: tuple[int, int]  # of queries, of keys
     width: int  # of a head
     activation: str
@@ -64,6 +65,7 @@ class Block:
 class _State:
     """What backward reads, of one forward pass."""
 
+    raw: Tensor | None  # q, k, v before their heads are normed, where they are
     q: Tensor
     k: Tensor
     v: Tensor
@@ -140,6 +142,9 @@ def _run(block: Block, x: Tensor, cos: Tensor, sin: Tensor, factors: list[list[F
     raw = n.new_empty(len(n), (query + 2 * kv) * block.width)
     block.qkv.forward(n, factors[0], torch.split(raw, block.columns, 1), raw)
     del n
+    before = None
+    if block.head_norms is not None:
+        before, raw = raw, regions.norm_heads(raw.view(len(x_ND), -1, block.width), *block.head_norms, query)
     turned = regions.rotate(raw.view(*x.shape[:-1], query + 2 * kv, block.width), cos, sin, query + kv)
     del raw
     q, k, v = (part.transpose(1, 2).detach() for part in torch.split(turned, [query, kv, kv], 2))
@@ -155,7 +160,7 @@ def _run(block: Block, x: Tensor, cos: Tensor, sin: Tensor, factors: list[list[F
         n = regions.rms_norm(x2, block.norms[1], block.eps[1])
     gate, up = (n.new_empty(len(n), product.outputs) for product in block.gate_up.products)
     block.gate_up.forward(n, factors[2], [gate, up])
-    return _State(q, k, v, o, x2, gate, up)
+    return _State(before, q, k, v, o, x2, gate, up)
 
 
 def _backward(
@@ -180,6 +185,9 @@ def _backward(
     state.drop("o", "q", "k", "v")
     whole = regions.rotate_backward(dq, dk, dv, cos, sin).view(len(x_ND), -1)
     del dq, dk, dv, do
+    if block.head_norms is not None and state.raw is not None:
+        whole = _before_head_norms(block, whole, state.raw)
+        state.drop("raw")
     dqkv = torch.split(whole, block.columns, 1)
     projected = block.qkv.project(dqkv, factors[0])
     n = regions.rms_norm(x_ND, block.norms[0], block.eps[0])
@@ -191,6 +199,13 @@ def _backward(
         del whole, dqkv
         dx = regions.rms_norm_backward_plus(dn, x_ND, block.norms[0], block.eps[0], dx2).view(x.shape)
     return dx, [part for pair in (*of_qkv, *of_o, *of_mlp) for part in (pair or (None, None))]
+
+
+def _before_head_norms(block: Block, whole_NO: Tensor, raw_NO: Tensor) -> Tensor:
+    """Return the gradient of q, k and v side by side, from that past the norms of heads."""
+    assert block.head_norms is not None, "the heads are normed"
+    d, raw = (t.view(len(t), -1, block.width) for t in (whole_NO, raw_NO))
+    return regions.norm_heads_backward(d, raw, *block.head_norms, block.heads[0]).view(len(d), -1)
 
 
 def _mlp_backward(

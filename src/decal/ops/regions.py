@@ -16,18 +16,20 @@ from decal.ops.fuse import region
 @region
 def rms_norm(x: Tensor, w: Tensor, eps: float) -> Tensor:
     """Return w ∘ x / sqrt(mean(x²) + eps) over the last dimension (Zhang & Sennrich 2019, eq. 4)."""
-    wide = x.float()
-    normed = wide * torch.rsqrt((wide * wide).mean(-1, keepdim=True) + eps)
-    return w * normed.to(x.dtype)
+    return _rms_norm(x, w, eps)
 
 
 @region
 def add_rms_norm(y: Tensor, x: Tensor, w: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Return x + y and its norm."""
     total = x + y
-    wide = total.float()
+    return total, _rms_norm(total, w, eps)
+
+
+def _rms_norm(x: Tensor, w: Tensor, eps: float) -> Tensor:
+    wide = x.float()
     normed = wide * torch.rsqrt((wide * wide).mean(-1, keepdim=True) + eps)
-    return total, w * normed.to(x.dtype)
+    return w * normed.to(x.dtype)
 
 
 @region
@@ -47,6 +49,30 @@ def _rms_norm_backward(dy: Tensor, x: Tensor, w: Tensor, eps: float) -> Tensor:
     rstd = torch.rsqrt((wide * wide).mean(-1, keepdim=True) + eps)
     d, n = (dy * w).float(), wide * rstd
     return (d - n * (n * d).mean(-1, keepdim=True)) * rstd
+
+
+@region
+def norm_heads(x: Tensor, wq: Tensor, wk: Tensor, eps: float, heads: int) -> Tensor:
+    """Return x (N, H, E) with its first `heads` heads, queries, normed by wq, the next ones, keys, by wk (Qwen3).
+
+    As many heads of values as of keys come last, and stay as they are.
+    """
+    q, k, v = torch.split(x, _thirds(x, heads), 1)
+    return torch.cat((_rms_norm(q, wq, eps), _rms_norm(k, wk, eps), v), 1)
+
+
+@region
+def norm_heads_backward(d: Tensor, x: Tensor, wq: Tensor, wk: Tensor, eps: float, heads: int) -> Tensor:
+    """Return the gradient of x."""
+    dq, dk, dv = torch.split(d, _thirds(d, heads), 1)
+    q, k, _ = torch.split(x, _thirds(x, heads), 1)
+    dq, dk = _rms_norm_backward(dq, q, wq, eps), _rms_norm_backward(dk, k, wk, eps)
+    return torch.cat((dq.to(x.dtype), dk.to(x.dtype), dv), 1)
+
+
+def _thirds(x: Tensor, heads: int) -> list[int]:
+    kv = (x.shape[1] - heads) // 2
+    return [heads, kv, kv]
 
 
 @region

@@ -14,7 +14,7 @@ from torch import nn
 from decal import rundir
 from decal.data.ledger import Ledger
 from decal.evaluate.loss import evaluate
-from decal.model.lean import lean
+from decal.model.lean import general_note, lean
 from decal.rundir import RunDir
 from decal.spec import RunConfig
 from decal.training import budget, logs, loop, manifest, start, state
@@ -68,6 +68,8 @@ def finetune(
             lean(job.model, embedding_on_host=on_host),  # equal results, less kept for backward
             budget.spent(job.model, config, device, lambda text: report("note", text=text)) as spend,
         ):
+            if (slower := general_note(job.model)) is not None:
+                report("note", text=slower)
             progress = loop.train(
                 job.model,
                 job.batches,

@@ -23,7 +23,7 @@ from decal.training.losses import Loss
 from decal.training.plan import Plan
 from decal.training.precision import Precision
 from decal.training.state import Progress
-from decal.training.step import NotFinite, StepResult, backward, take_step
+from decal.training.step import Backward, NotFinite, StepResult, backward, take_step
 
 OVERFLOWS = 20  # fp16: a scale that is still too large after halving 20 times will not be found
 
@@ -84,9 +84,7 @@ def train(
     done, scaler = Progress(), precision.scaler()
     optimizer = optim.build(model, config, say=lambda text: emit("note", text=text))
     graphs = Graphs(precision, say=lambda text: emit("note", text=text))
-    run_backward = graphs.backward if config.cuda_graphs and wrap is identity else backward
-    if budget is not None:
-        run_backward = budget.guarded(run_backward, graphs.forget)
+    run_backward = _way_back(config.cuda_graphs and wrap is identity, graphs, budget)
     job = state.Training(model=model, optimizer=optimizer, scaler=scaler, batches=batches, progress=done)
     if resume is not None:
         state.load(resume, job)
@@ -134,6 +132,12 @@ def train(
     if _enough(done, config):
         emit("note", step=done.step, text=f"stopped early: {config.early_stopping} evaluations without a better loss")
     return done
+
+
+def _way_back(recorded: bool, graphs: Graphs, budget: Budget | None) -> Backward:
+    """Return how gradients come about: launched or replayed, and within a budget."""
+    run = graphs.backward if recorded else backward
+    return run if budget is None else budget.guarded(run, graphs.forget)
 
 
 def _owed(done: Progress, todo: Plan) -> bool:
