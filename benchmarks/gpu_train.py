@@ -2,8 +2,8 @@
 
 The model is built from a configuration with random normal weights, layer by layer on the card (speed and memory do not
 depend on them). LoRA r=16 on all linear layers, fp32 adapters, AdamW, random tokens, whole sequences, no padding.
-Three warm-up steps, then the median of `--steps`; peaks are torch's, reset after the warm-up. Each configuration runs
-in a process of its own, in turn; one JSON line each. The loss must fall and the gradient must not be zero.
+Four warm-up steps, then the median of `--steps`; peaks are torch's, from the last warm-up step on. Each configuration
+runs in a process of its own, in turn; one JSON line each. The loss must fall and the gradient must not be zero.
 
     python benchmarks/gpu_train.py --out gpu_train.jsonl
     python benchmarks/gpu_train.py --only qlora-8b-4096x2 --profile
@@ -51,9 +51,9 @@ KERNELS = 30  # of a profile
 
 
 def cases() -> list[dict[str, Any]]:
-    """Each work with all activations kept; recomputed from layer inputs; so, with the embedding's table on the host;
+    """Each work in every way to hold memory: all activations kept; recomputed from layer inputs; so, with the
 
-    recomputed from layer inputs in host memory.
+    embedding's table on the host; from inputs in host memory; both; within a budget of 8 GiB.
     """
     works = [
         ("qlora-8b-4096x2", "8b", "nf4", 4096, 2),
@@ -69,8 +69,10 @@ def cases() -> list[dict[str, Any]]:
             ("-recompute", "recompute"),
             ("-host", "recompute"),
             ("-offload", "offload"),
+            ("-lean", "offload"),
+            ("-8gib", "offload"),
         )
-        if shape != "70b" or memory != "keep"
+        if (shape != "70b" or memory != "keep") and (ending != "-8gib" or (shape == "8b" and quantize == "nf4"))
     ]
 
 
@@ -116,7 +118,7 @@ def measure(case: dict[str, Any], steps: int, profile: bool) -> dict[str, Any]:
     from decal.model.lean import lean
     from decal.model.wrapper import PeftModel
     from decal.spec import LoraConfig, TrainConfig
-    from decal.training import losses, optim, precision
+    from decal.training import budget, losses, optim, precision
     from decal.training.graphs import Graphs
     from decal.training.step import backward, take_step
 
@@ -137,19 +139,25 @@ def measure(case: dict[str, Any], steps: int, profile: bool) -> dict[str, Any]:
     scaler = numbers.scaler()
     seconds, results = [], []
     with ExitStack() as stack:
-        stack.enter_context(lean(model, embedding_on_host=case["name"].endswith("-host")))
-        graphs = Graphs(numbers, say=lambda text: print(text, file=sys.stderr))
+        stack.enter_context(lean(model, embedding_on_host=case["name"].endswith(("-host", "-lean", "-8gib"))))
+        graphs = Graphs(numbers, say=print_aside)
         run = graphs.backward if case.get("graphs", True) else backward
+        spend, warm_up = None, WARM_UP
+        if case["name"].endswith("-8gib"):
+            spend = budget.Budget(model, 8 * 2**30, tokens=ids.numel(), device=device, say=print_aside)
+            run, warm_up = spend.guarded(run, graphs.forget), budget.WARM + budget.SETTLED + WARM_UP
 
         def step() -> None:
             began = time.perf_counter()
             results.append(take_step(model, group, loss, optimizer, scaler, precision=numbers, limit=1.0, run=run))
             if device.type == "cuda":
                 torch.cuda.synchronize()
+            if spend is not None:
+                spend.stepped(graphs.forget)
             seconds.append(time.perf_counter() - began)
 
-        for _ in range(WARM_UP):
-            if device.type == "cuda":
+        for number in range(warm_up):
+            if number == warm_up - 1 and device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()  # so that the last warm-up step counts: it may record a graph,
             step()  # whose memory is not seen as allocated when it is replayed
         for _ in range(steps):
@@ -157,23 +165,29 @@ def measure(case: dict[str, Any], steps: int, profile: bool) -> dict[str, Any]:
         peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
         reserved = torch.cuda.max_memory_reserved() if device.type == "cuda" else 0
         kernels = kernel_times(step) if profile else None
-    timed = statistics.median(seconds[WARM_UP : WARM_UP + steps])
+    timed = statistics.median(seconds[warm_up : warm_up + steps])
     return {
         **case,
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
         "ms": 1e3 * timed,
-        "ms_min": 1e3 * min(seconds[WARM_UP : WARM_UP + steps]),
+        "ms_min": 1e3 * min(seconds[warm_up : warm_up + steps]),
         "tokens_per_s": ids.numel() / timed,
         "peak_gib": peak / 2**30,
         "reserved_gib": reserved / 2**30,
         "weights_gib": weights / 2**30,
         "model_tflops": model_flops(case) / timed / 1e12,
         "first_step_s": seconds[0],
+        "context_gib": None if spend is None else spend.context / 2**30,
+        "plan": None if spend is None else [spend.plan.keep, spend.plan.inputs],
         "first_loss": results[0].loss,
         "last_loss": results[-1].loss,
         "grad_norm": results[-1].grad_norm,
         "kernels": kernels,
     }
+
+
+def print_aside(text: str) -> None:
+    print(text, file=sys.stderr)
 
 
 def case_vocabulary(model: Any) -> int:

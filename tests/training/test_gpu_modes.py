@@ -164,6 +164,7 @@ def twenty(
 
 @pytest.mark.parametrize("memory", MODES)
 def test_replayed_steps_are_the_launched_ones(memory: Memory) -> None:
+    twenty("nf4", memory, 10**6)  # regions are compiled for one shape, then for any: from here on they stay the same
     launched, expected, none = twenty("nf4", memory, 10**6)
     replayed, got, one = twenty("nf4", memory, 2)
     assert (none, one) == (0, 1)
