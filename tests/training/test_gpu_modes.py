@@ -140,9 +140,8 @@ def twenty(
     model = made(quantize)
     numbers = precision.resolve("bf16", torch.device("cuda"))
     optimizer = optim.build(model, TrainConfig(lr=1e-3))
-    graphs.BEFORE = before
     said: list[str] = []
-    ran = graphs.Graphs(numbers, said.append)
+    ran = graphs.Graphs(numbers, said.append, before=before)
     loss = SFT(chunked=True)
     losses = []
     with mode(model, memory), sdpa_kernel(SDPBackend.MATH):  # the quick ones sum in no fixed order

@@ -77,9 +77,10 @@ class _Recorded:
 class Graphs:
     """The backward passes of one training run on a card. `say` is told what runs otherwise than expected."""
 
-    def __init__(self, precision: Precision, say: Callable[[str], object]) -> None:
+    def __init__(self, precision: Precision, say: Callable[[str], object], *, before: int = BEFORE) -> None:
         self.precision = precision
         self.say = say
+        self.before = before
         self._stream: torch.cuda.Stream | None = None
         self._pool: Any = None
         self._seen: Counter[tuple[int, ...]] = Counter()
@@ -142,7 +143,7 @@ class Graphs:
         """Add the gradient of one micro-batch, and return its share of the loss."""
         known = self._recorded.get(batch.key)
         self._seen[batch.key] += 1
-        if known is None and self._seen[batch.key] > BEFORE and len(self._recorded) < MOST:
+        if known is None and self._seen[batch.key] > self.before and len(self._recorded) < MOST:
             known = self._record(model, batch, total)
         if known is None:
             return self._launched(model, batch.to(total.device), total)

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from torch import nn
 
 from decal.data.batch import Batch
@@ -20,6 +21,7 @@ from decal.training.budget import Budget
 from decal.training.graphs import Graphs
 from decal.training.interrupt import Interrupted, listening
 from decal.training.losses import Loss
+from decal.training.paged import Paged
 from decal.training.plan import Plan
 from decal.training.precision import Precision
 from decal.training.state import Progress
@@ -84,7 +86,7 @@ def train(
     done, scaler = Progress(), precision.scaler()
     optimizer = optim.build(model, config, say=lambda text: emit("note", text=text))
     graphs = Graphs(precision, say=lambda text: emit("note", text=text))
-    run_backward = _way_back(config.cuda_graphs and wrap is identity, graphs, budget)
+    run_backward = _way_back(config.cuda_graphs and wrap is identity, graphs, budget, optimizer)
     job = state.Training(model=model, optimizer=optimizer, scaler=scaler, batches=batches, progress=done)
     if resume is not None:
         state.load(resume, job)
@@ -134,9 +136,10 @@ def train(
     return done
 
 
-def _way_back(recorded: bool, graphs: Graphs, budget: Budget | None) -> Backward:
+def _way_back(recorded: bool, graphs: Graphs, budget: Budget | None, optimizer: torch.optim.Optimizer) -> Backward:
     """Return how gradients come about: launched or replayed, and within a budget."""
-    run = graphs.backward if recorded else backward
+    # A paged optimizer looks at the card's memory in every backward pass, which a replay would not let it do.
+    run = graphs.backward if recorded and not isinstance(optimizer, Paged) else backward
     return run if budget is None else budget.guarded(run, graphs.forget)
 
 
