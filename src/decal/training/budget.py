@@ -166,10 +166,11 @@ class Budget:
             self._choose(fill(room, layers=len(self.layers), kept=self._kept(), given=self._input()), forget)
         elif self.steps == WARM + SETTLED:
             room = (1 - SPARE) * self.limit - self.context - torch.cuda.memory_reserved(self.device)
-            more = self.plan.keep + int(room // self._kept())
-            if room < 0 or more > self.plan.keep:
-                keep = max(0, min(len(self.layers), more))
-                self._choose(Plan(keep, min(self.plan.inputs, len(self.layers) - keep)), forget)
+            if room < 0 or room >= self._kept():
+                room += self.plan.keep * self._kept() + self.plan.inputs * self._input()
+                plan = fill(room, layers=len(self.layers), kept=self._kept(), given=self._input())
+                if plan != self.plan:
+                    self._choose(plan, forget)
 
     def _choose(self, plan: Plan, forget: Callable[[], object]) -> None:
         self.plan = plan
