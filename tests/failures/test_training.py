@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,8 +12,10 @@ import torch
 from decal import LoraConfig, get_peft_model
 from decal.errors import DecalError
 from decal.recipes.finetune import finetune
-from decal.spec import RunConfig
-from decal.training import losses, state
+from decal.spec import RunConfig, TrainConfig
+from decal.training import losses, optim, state
+from decal.training.precision import Precision
+from decal.training.step import take_step
 from tests import models
 from tests.failures.page import told
 from tests.training.tiny_run import config, make_files
