@@ -17,7 +17,7 @@ from decal.layers.lean import MLPS, NORMS, LeanRMSNorm
 from decal.layers.lora import LinearLoRA
 from decal.layers.seams import Base
 from decal.layers.shelf import Shelf
-from decal.ops import fuse
+from decal.ops import fuse, select
 from decal.ops.block import Block, Memory, layer
 from decal.ops.products import Group, Product
 
@@ -207,7 +207,8 @@ def _base(linear: nn.Module) -> CodedBase | DenseBase | None:
 def _merges(linear: nn.Module, rows: int, x: Tensor) -> bool:
     if isinstance(linear, AdaptedLinear):
         return linear.may_merge(x)
-    return rows >= adapted.MERGE_ROWS.get(x.device.type, adapted.MERGE_ROWS["cuda"]) and isinstance(linear, CodedLinear)
+    least = adapted.MERGE_ROWS.get(select.habits(x.device), adapted.MERGE_ROWS["cuda"])
+    return rows >= least and isinstance(linear, CodedLinear)
 
 
 def _decode(coded: CodedLinear, scale: float, out: Tensor, A: Tensor | None, B: Tensor | None) -> None:

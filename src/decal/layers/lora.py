@@ -6,7 +6,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from decal.layers.seams import Base
-from decal.ops import lora
+from decal.ops import lora, select
 from decal.spec import LoraConfig
 
 
@@ -62,7 +62,8 @@ class LoRA:
 
     def widened(self, x: Tensor) -> Tensor:
         """Return x in the factors' dtype, unless autocast on a card narrows it again: a copy that would be kept."""
-        return x if x.is_cuda and torch.is_autocast_enabled("cuda") else x.to(self.A.dtype)
+        narrowed = select.habits(x.device) == "cuda" and torch.is_autocast_enabled(x.device.type)
+        return x if narrowed else x.to(self.A.dtype)
 
     def delta(self, x: Tensor, y: Tensor | None, base: Base) -> Tensor:
         return lora.delta(self.dropout(self.widened(x)), self.A, self.B, self.scale)

@@ -11,22 +11,34 @@ import functools
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal, ParamSpec, TypeVar
+from typing import Any, Literal, ParamSpec, Protocol, TypeVar
 
 import torch
 from torch import Tensor
+
+from decal.ops import select
 
 P = ParamSpec("P")
 R = TypeVar("R")
 Choice = Literal["off", "plain", "compiled"]
 
+
+class Witness(Protocol):
+    """Whoever counts what runs (planning/traced.py): it is shown each region as the one kernel that it will be."""
+
+    def kernel(self, run: Callable[[], R], touched: list[Tensor]) -> R:
+        """Return `run()`. `touched` are the tensors read, and those written over."""
+        ...
+
+
 _forced: Choice | None = None
+_witness: Witness | None = None
 _broken: set[str] = set()
 
 
 def on(device: torch.device) -> bool:
     """Return whether regions, and what is built of them, run on `device` in the place of the general path."""
-    return device.type == "cuda" if _forced is None else _forced != "off"
+    return select.habits(device) == "cuda" if _forced is None else _forced != "off"
 
 
 @contextmanager
@@ -38,6 +50,17 @@ def forced(choice: Choice) -> Iterator[None]:
         yield
     finally:
         _forced = before
+
+
+@contextmanager
+def seen_by(witness: Witness) -> Iterator[None]:
+    """Inside the block regions run as the very functions, and `witness` counts each as one kernel."""
+    global _witness
+    before, _witness = _witness, witness
+    try:
+        yield
+    finally:
+        _witness = before
 
 
 def _compiles(device: torch.device) -> bool:
@@ -52,6 +75,10 @@ def region(function: Callable[P, R]) -> Callable[P, R]:
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
         first: Any = args[0]
         assert isinstance(first, Tensor), "a region's first argument is a tensor"
+        if _witness is not None and on(first.device):
+            read = [x for x in args if isinstance(x, Tensor)]
+            over = read if function.__name__.endswith("_") else []
+            return _witness.kernel(lambda: function(*args, **kwargs), [*read, *over])
         if function.__name__ in _broken or not _compiles(first.device):
             return function(*args, **kwargs)
         if not compiled:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from decal.ops import workspace
+from decal.ops import select, workspace
 
 Write = Callable[[Tensor, Tensor | None, Tensor | None], None]  # (out (O, D), A, B): out = W, or W + s·B·A
 
@@ -170,6 +170,6 @@ def _narrow(factors: Sequence[Factors], like: Tensor) -> tuple[Tensor | None, li
 
 def _wide_mm(a: Tensor, b: Tensor) -> Tensor:
     """Return a @ b, on a card in fp32 (the sum's own precision) where the inputs have 16 bits."""
-    if a.is_cuda and a.dtype in (torch.bfloat16, torch.float16):
-        return torch.mm(a, b, out_dtype=torch.float32)
+    if select.habits(a.device) == "cuda" and a.dtype in (torch.bfloat16, torch.float16):
+        return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else torch.mm(a, b).float()
     return a @ b

@@ -23,7 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from decal.data.batch import IGNORE, Batch
 from decal.evaluate.loss import evaluating
 from decal.model.lean import lean
-from decal.ops import adam8, select, workspace
+from decal.ops import adam8, fuse, select, workspace
 from decal.planning import empty
 from decal.planning.deepen import Middle, deepened
 from decal.planning.traced import Block, Trace, live_at, peak
@@ -107,7 +107,8 @@ class _Run:
         self.middle = {id(p) for layer in stands for p in layer.parameters()}
 
     def count(self, *, trains: bool) -> Counted:
-        with select.planned(self.wanted.device), lean(self.model), self._watched(), self.trace:
+        planned, seen = select.planned(self.wanted.device), fuse.seen_by(self.trace)
+        with planned, seen, lean(self.model), self._watched(), self.trace:
             self._see_weights()
             optimizer = self._optimizer() if trains else None
             self.first = self.trace.now
