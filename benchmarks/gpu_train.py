@@ -2,8 +2,8 @@
 
 The model is built from a configuration with random normal weights, layer by layer on the card (speed and memory do not
 depend on them). LoRA r=16 on all linear layers, fp32 adapters, AdamW, random tokens, whole sequences, no padding.
-Three warm-up steps, then the median of `--steps`; peaks are torch's, reset after the warm-up. Each configuration runs
-in a process of its own, in turn; one JSON line each. The loss must fall and the gradient must not be zero.
+Four warm-up steps, then the median of `--steps`; peaks are torch's, from the last warm-up step on. Each configuration
+runs in a process of its own, in turn; one JSON line each. The loss must fall and the gradient must not be zero.
 
     python benchmarks/gpu_train.py --out gpu_train.jsonl
     python benchmarks/gpu_train.py --only qlora-8b-4096x2 --profile
@@ -46,22 +46,37 @@ SHAPES: dict[str, dict[str, Any]] = {
         "vocab_size": 1024,
     },
 }
-WARM_UP = 3
+WARM_UP = 4  # the last one records the step where it can be
+KERNELS = 30  # of a profile
 
 
-def case(name: str, shape: str, quantize: str | None, seq: int, rows: int, recompute: bool) -> dict[str, Any]:
-    return {"name": name, "shape": shape, "quantize": quantize, "seq": seq, "rows": rows, "recompute": recompute}
+def cases() -> list[dict[str, Any]]:
+    """Each work in every way to hold memory: all activations kept; recomputed from layer inputs; so, with the
+
+    embedding's table on the host; from inputs in host memory; both; within a budget of 8 GiB.
+    """
+    works = [
+        ("qlora-8b-4096x2", "8b", "nf4", 4096, 2),
+        ("qlora-8b-2048x1", "8b", "nf4", 2048, 1),
+        ("lora-8b-2048x4", "8b", None, 2048, 4),
+        ("qlora-70b-2048x1", "70b", "nf4", 2048, 1),
+    ]
+    return [
+        {"name": name + ending, "shape": shape, "quantize": quantize, "seq": seq, "rows": rows, "memory": memory}
+        for name, shape, quantize, seq, rows in works
+        for ending, memory in (
+            ("", "keep"),
+            ("-recompute", "recompute"),
+            ("-host", "recompute"),
+            ("-offload", "offload"),
+            ("-lean", "offload"),
+            ("-8gib", "offload"),
+        )
+        if (shape != "70b" or memory != "keep") and (ending != "-8gib" or (shape == "8b" and quantize == "nf4"))
+    ]
 
 
-CASES = [
-    case("qlora-8b-4096x2", "8b", "nf4", 4096, 2, False),
-    case("qlora-8b-4096x2-recompute", "8b", "nf4", 4096, 2, True),
-    case("qlora-8b-2048x1", "8b", "nf4", 2048, 1, False),
-    case("qlora-8b-2048x1-recompute", "8b", "nf4", 2048, 1, True),
-    case("lora-8b-2048x4", "8b", None, 2048, 4, False),
-    case("lora-8b-2048x4-recompute", "8b", None, 2048, 4, True),
-    case("qlora-70b-2048x1-recompute", "70b", "nf4", 2048, 1, True),
-]
+CASES = cases()
 
 
 def build(shape: str, quantize: str | None, device: Any) -> Any:
@@ -103,8 +118,9 @@ def measure(case: dict[str, Any], steps: int, profile: bool) -> dict[str, Any]:
     from decal.model.lean import lean
     from decal.model.wrapper import PeftModel
     from decal.spec import LoraConfig, TrainConfig
-    from decal.training import losses, optim, precision
-    from decal.training.step import take_step
+    from decal.training import budget, losses, optim, precision
+    from decal.training.graphs import Graphs
+    from decal.training.step import backward, take_step
 
     device = torch.device(case.get("device", "cuda"))
     numbers = precision.Precision(name="bf16", device=device)
@@ -112,8 +128,8 @@ def measure(case: dict[str, Any], steps: int, profile: bool) -> dict[str, Any]:
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     config = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
     model = PeftModel(model, config, generator=torch.Generator().manual_seed(0))
-    if case["recompute"]:
-        model.gradient_checkpointing_enable()
+    if case["memory"] != "keep":
+        model.activation_checkpointing_enable(offload=case["memory"] == "offload")
     model.train()
     loss = losses.sft(model, lambda text: None)
     train = TrainConfig(lr=2e-4)
@@ -123,40 +139,55 @@ def measure(case: dict[str, Any], steps: int, profile: bool) -> dict[str, Any]:
     scaler = numbers.scaler()
     seconds, results = [], []
     with ExitStack() as stack:
-        stack.enter_context(lean(model))
+        stack.enter_context(lean(model, embedding_on_host=case["name"].endswith(("-host", "-lean", "-8gib"))))
+        graphs = Graphs(numbers, say=print_aside)
+        run = graphs.backward if case.get("graphs", True) else backward
+        spend, warm_up = None, WARM_UP
+        if case["name"].endswith("-8gib"):
+            spend = budget.Budget(model, 8 * 2**30, tokens=ids.numel(), device=device, say=print_aside)
+            run, warm_up = spend.guarded(run, graphs.forget), budget.WARM + budget.SETTLED + WARM_UP
 
         def step() -> None:
             began = time.perf_counter()
-            results.append(take_step(model, group, loss, optimizer, scaler, precision=numbers, limit=1.0))
+            results.append(take_step(model, group, loss, optimizer, scaler, precision=numbers, limit=1.0, run=run))
             if device.type == "cuda":
                 torch.cuda.synchronize()
+            if spend is not None:
+                spend.stepped(graphs.forget)
             seconds.append(time.perf_counter() - began)
 
-        for _ in range(WARM_UP):
-            step()
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
+        for number in range(warm_up):
+            if number == warm_up - 1 and device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats()  # so that the last warm-up step counts: it may record a graph,
+            step()  # whose memory is not seen as allocated when it is replayed
         for _ in range(steps):
             step()
         peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
         reserved = torch.cuda.max_memory_reserved() if device.type == "cuda" else 0
         kernels = kernel_times(step) if profile else None
-    timed = statistics.median(seconds[WARM_UP : WARM_UP + steps])
+    timed = statistics.median(seconds[warm_up : warm_up + steps])
     return {
         **case,
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
         "ms": 1e3 * timed,
-        "ms_min": 1e3 * min(seconds[WARM_UP : WARM_UP + steps]),
+        "ms_min": 1e3 * min(seconds[warm_up : warm_up + steps]),
         "tokens_per_s": ids.numel() / timed,
         "peak_gib": peak / 2**30,
         "reserved_gib": reserved / 2**30,
         "weights_gib": weights / 2**30,
         "model_tflops": model_flops(case) / timed / 1e12,
+        "first_step_s": seconds[0],
+        "context_gib": None if spend is None else spend.context / 2**30,
+        "plan": None if spend is None else [spend.plan.keep, spend.plan.inputs],
         "first_loss": results[0].loss,
         "last_loss": results[-1].loss,
         "grad_norm": results[-1].grad_norm,
         "kernels": kernels,
     }
+
+
+def print_aside(text: str) -> None:
+    print(text, file=sys.stderr)
 
 
 def case_vocabulary(model: Any) -> int:
@@ -180,8 +211,9 @@ def kernel_times(step: Any) -> dict[str, float]:
 
     with profile(activities=[ProfilerActivity.CUDA]) as found:
         step()
-    events = sorted(found.key_averages(), key=lambda e: -e.self_device_time_total)[:30]
-    return {f"{e.key[:110]} x{e.count}": round(e.self_device_time_total / 1e3, 2) for e in events}
+    events = sorted(found.key_averages(), key=lambda e: -e.self_device_time_total)
+    total = {"all kernels": round(sum(e.self_device_time_total for e in events) / 1e3, 2)}
+    return total | {f"{e.key[:110]} x{e.count}": round(e.self_device_time_total / 1e3, 2) for e in events[:KERNELS]}
 
 
 def main() -> None:
@@ -189,6 +221,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", help="names of cases (default: all)")
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--profile", action="store_true", help="the longest kernels of one more step")
+    parser.add_argument("--no-graphs", action="store_true", help="launch by launch, never replayed")
     parser.add_argument("--out", type=Path, help="write the JSON lines here, too")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -196,7 +229,7 @@ def main() -> None:
         print(json.dumps(measure(json.loads(options.case), options.steps, options.profile)))
         return
     chosen = [c for c in CASES if not options.only or c["name"] in options.only]
-    for each in chosen:
+    for each in ({**c, "graphs": not options.no_graphs} for c in chosen):
         words = [sys.executable, __file__, "--case", json.dumps(each), "--steps", str(options.steps)]
         done = subprocess.run([*words, *(["--profile"] if options.profile else [])], capture_output=True, text=True)
         line = done.stdout.strip().splitlines()[-1] if done.returncode == 0 else ""
@@ -207,7 +240,8 @@ def main() -> None:
         if options.out is not None:
             with open(options.out, "a", encoding="utf-8") as file:
                 file.write(line + "\n")
-        speed = f"{found['tokens_per_s']:>8,.0f} tok/s {found['ms']:>7.1f} ms  {found['model_tflops']:.0f} TFLOP/s"
+        took = f"{found['ms']:>7.1f} ms (min {found['ms_min']:.0f}; first {found['first_step_s']:.1f} s)"
+        speed = f"{found['tokens_per_s']:>8,.0f} tok/s {took}  {found['model_tflops']:.0f} TFLOP/s"
         memory = f"peak {found['peak_gib']:.2f} GiB (reserved {found['reserved_gib']:.2f})"
         learnt = f"loss {found['first_loss']:.3f} -> {found['last_loss']:.3f}  gradient {found['grad_norm']:.3f}"
         print(f"{found['name']:<28} {speed}  {memory}  {learnt}", flush=True)

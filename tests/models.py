@@ -43,6 +43,7 @@ MAKERS: dict[str, Callable[[], nn.Module]] = {
     "llama-tied": lambda: _causal("Llama", tie_word_embeddings=True),
     "llama-biased": lambda: _causal("Llama", tie_word_embeddings=False, attention_bias=True, mlp_bias=True),
     "qwen2": lambda: _causal("Qwen2", tie_word_embeddings=False),
+    "qwen3": lambda: _causal("Qwen3", head_dim=8, tie_word_embeddings=False),
     "mistral": lambda: _causal("Mistral", tie_word_embeddings=False),
     "gemma": lambda: _causal("Gemma", head_dim=8, tie_word_embeddings=True),
     "gemma2": lambda: _causal("Gemma2", head_dim=8, query_pre_attn_scalar=8, tie_word_embeddings=True),

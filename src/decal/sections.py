@@ -87,6 +87,14 @@ class TrainConfig(Settings):
         description="Begin with a forecast ([plan.md](plan.md)), and a new run with the quick checks "
         "([checks.md](checks.md)): some seconds.",
     )
+    memory: str | None = Field(
+        default=None,
+        description="A card's memory to spend, never to exceed, such as `8GiB`: decides what layers keep.",
+    )
+    cuda_graphs: bool = Field(
+        default=True,
+        description="On a card, steps of a shape that came twice are recorded and replayed: equal results, less time.",
+    )
     device: str = Field(default="auto", description="`cpu`, `cuda`, `cuda:1`; `auto`: a GPU if there is one.")
     seed: int = Field(default=0, description="Of the order of rows, held-out rows, the adapter's start and dropout.")
     eval_every: int | None = Field(default=None, ge=1, description="Steps between evaluations; null: an epoch.")

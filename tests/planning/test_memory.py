@@ -15,6 +15,7 @@ from torch import nn
 from decal.model import load
 from decal.model.lean import lean
 from decal.model.wrapper import PeftModel
+from decal.ops import fuse, regions
 from decal.planning import empty, memory, shapes, traced
 from decal.planning.wanted import Wanted
 from decal.training import head, optim
@@ -142,6 +143,47 @@ def test_checkpointing_keeps_less_and_works_more(tmp_path: Path) -> None:
     )
     assert again.parts["activations"] < 0.5 * plain.parts["activations"]
     assert again.flops > 1.2 * plain.flops
+
+
+ROWS = 2 * 256
+
+
+def on_a_card(folder: Path, family: str, **changes: Any) -> shapes.Counted:
+    """Return the step of `family` on a card in bf16, with bf16 weights."""
+    save_config(folder, family, dtype="bfloat16")
+    asked = wanted(folder, device="cuda", numbers="bf16", length=256, **changes)
+    return shapes.training_step(empty.trainable(asked), asked)
+
+
+def test_on_a_card_a_layer_keeps_what_its_one_function_does(tmp_path: Path) -> None:
+    """x, the sum after attention and q and attention's output (64 wide each), k and v (32), gate and up (160)."""
+    step = on_a_card(tmp_path, "llama")
+    kept = 2 * (4 * 64 + 2 * 32 + 2 * 160)
+    # Beside the six layers: the log-sum of attention's scores (4 heads in fp32), the last hidden states, positions.
+    assert step.parts["activations"] == pytest.approx(6 * ROWS * (kept + 4 * 4), rel=0.1)
+
+
+def test_on_a_card_a_layer_that_runs_again_keeps_its_input(tmp_path: Path) -> None:
+    step = on_a_card(tmp_path, "llama", gradient_checkpointing=True)
+    assert 6 * ROWS * 2 * 64 <= step.parts["activations"] < 9 * ROWS * 2 * 64  # and the last states, positions
+
+
+def test_a_compiled_region_makes_its_result_alone() -> None:
+    x = torch.ones(8, 64, dtype=torch.bfloat16)
+    trace = traced.Trace(card=False)
+    with fuse.forced("plain"), fuse.seen_by(trace), trace:
+        y = regions.rms_norm(x, torch.ones(64, dtype=torch.bfloat16), 1e-6)
+    made = [block for block in trace.blocks if block.bytes == y.nbytes]
+    assert [block.bytes for block in trace.blocks if block not in made] == [2 * 64]  # the weight, made inside the block
+    assert len(made) == 1
+    assert trace.moved[-1][1] == 2 * x.nbytes + 2 * 64
+
+
+def test_the_work_of_a_card_is_that_of_the_general_path(tmp_path: Path) -> None:
+    """The one function multiplies as often; what it makes again is no product."""
+    quick = on_a_card(tmp_path, "llama").flops
+    with fuse.forced("off"):
+        assert quick == pytest.approx(on_a_card(tmp_path, "llama").flops, rel=0.02)  # it stacks small products of ranks
 
 
 def test_a_packed_row_costs_its_mask(tmp_path: Path) -> None:

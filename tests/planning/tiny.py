@@ -68,9 +68,10 @@ def config_of(family: str) -> Any:
     return getattr(transformers, f"{name}Config")(**sizes, dtype=torch.float32)
 
 
-def save_config(folder: Path, family: str) -> Path:
+def save_config(folder: Path, family: str, *, dtype: str | None = None) -> Path:
     """Write a tiny model's configuration; there are no weights."""
     config = config_of(family)
+    config.dtype = dtype or config.dtype
     config.architectures = [type(transformers.AutoModelForCausalLM._model_mapping[type(config)]).__name__]
     config.save_pretrained(folder)
     return folder

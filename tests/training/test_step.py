@@ -168,3 +168,41 @@ def test_fp16_skips_an_overflowing_step_and_halves_its_scale() -> None:
 def test_precision_is_fp32_on_a_cpu_unless_asked() -> None:
     assert resolve("auto", CPU).name == "fp32"
     assert resolve("bf16", CPU).name == "bf16"
+
+
+@pytest.mark.parametrize("by_itself", [True, False])
+def test_a_step_that_is_not_finite_moves_nothing(by_itself: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a card the optimizer itself leaves the step out, before the host knows; torch's CPU kernel does so, too."""
+    monkeypatch.setattr("decal.training.step._skips_by_itself", lambda optimizer, scaler: by_itself)
+    model = models.make("llama", torch.float32).train()
+    optimizer = optim.build(model, TrainConfig(lr=1e-2, weight_decay=0.1))
+    take_step(model, split((4,)), SFT(chunked=True), optimizer, FP32.scaler(), precision=FP32, limit=1.0)
+    weights = [p.detach().clone() for p in model.parameters()]
+    steps = [float(state["step"]) for state in optimizer.state.values()]
+    bias = nn.Parameter(torch.full((), math.inf))
+    with pytest.raises(RunError, match="not finite"):
+        take_step(
+            model,
+            split((4,)),
+            Shifted(bias),
+            optimizer,
+            FP32.scaler(),
+            precision=FP32,
+            limit=1.0,
+        )
+    assert all(torch.equal(p, w) for p, w in zip(model.parameters(), weights, strict=True))
+    assert [float(state["step"]) for state in optimizer.state.values()] == steps
+
+
+class Shifted:
+    """The usual loss times an infinite number."""
+
+    def __init__(self, factor: Tensor) -> None:
+        self.factor = factor
+
+    def count(self, batch: Batch) -> int:
+        return batch.loss_tokens
+
+    def __call__(self, model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
+        loss, count = SFT(chunked=True)(model, batch)
+        return loss * self.factor, count

@@ -66,6 +66,9 @@ def train(
     quantize: Annotated[
         str | None, typer.Option(help="Store the frozen base in 4 or 8 bits: nf4, fp4, int8 (default: as it is).")
     ] = None,
+    memory: Annotated[
+        str | None, typer.Option(help="A card's memory to spend and not to exceed, such as 8GiB (default: all).")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Of everything random (default: 0).")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 (default: auto).")] = None,
     auto_stop: Annotated[
@@ -97,6 +100,7 @@ def train(
             "data.eval_rows": eval_rows,
             "data.eval_path": eval_data,
             "quantize": quantize,
+            "train.memory": memory,
             "train.seed": seed,
             "train.device": device,
             "train.auto_stop": True if auto_stop else None,

@@ -179,7 +179,7 @@ class AdaptedLinear(Adapted):
         if not active:
             out: Tensor = self.base_layer(x)  # the very bits of the plain model
             return out
-        if len(active) == 1 and self._may_merge(x):
+        if len(active) == 1 and self.may_merge(x):
             factors = active[0].factors()
             if factors is not None:
                 A, B, s = factors
@@ -197,7 +197,7 @@ class AdaptedLinear(Adapted):
             change = change + self.base.bias
         return self.base.matmul_plus(x, change) if y is None else (y + change).to(y.dtype)
 
-    def _may_merge(self, x: Tensor) -> bool:
+    def may_merge(self, x: Tensor) -> bool:
         """Whether forming W' is exact enough (fp32, or W off the 16-bit grid) and pays for this many rows."""
         autocast = torch.is_autocast_enabled(x.device.type)
         compute = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype

@@ -42,7 +42,8 @@ class LeanRMSNorm(nn.Module):
         super().__init__()
         self.weight: nn.Parameter = norm.weight
         self._original: tuple[nn.Module] = (norm,)
-        self._norm = remake.RMSNorm(float(_eps(norm)))
+        self.eps = float(_eps(norm))
+        self._norm = remake.RMSNorm(self.eps)
 
     @property
     def original(self) -> nn.Module:

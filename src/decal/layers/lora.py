@@ -6,7 +6,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from decal.layers.seams import Base
-from decal.ops import lora
+from decal.ops import lora, select
 from decal.spec import LoraConfig
 
 
@@ -60,8 +60,13 @@ class LoRA:
     def factors(self) -> tuple[Tensor, Tensor, float] | None:
         return None if self.draws_dropout else (self.A, self.B, self.scale)
 
+    def widened(self, x: Tensor) -> Tensor:
+        """Return x in the factors' dtype, unless autocast on a card narrows it again: a copy that would be kept."""
+        narrowed = select.habits(x.device) == "cuda" and torch.is_autocast_enabled(x.device.type)
+        return x if narrowed else x.to(self.A.dtype)
+
     def delta(self, x: Tensor, y: Tensor | None, base: Base) -> Tensor:
-        return lora.delta(self.dropout(x.to(self.A.dtype)), self.A, self.B, self.scale)
+        return lora.delta(self.dropout(self.widened(x)), self.A, self.B, self.scale)
 
     def delta_weight(self, base: Base) -> Tensor:
         return lora.delta_weight(self.A, self.B, self.scale)
@@ -152,7 +157,7 @@ class ResidualLoRA(LinearLoRA):
         return None if self.draws_dropout else (*self._stacked(), self.scale)
 
     def delta(self, x: Tensor, y: Tensor | None, base: Base) -> Tensor:
-        x = self.dropout(x.to(self.A.dtype))
+        x = self.dropout(self.widened(x))
         start = lora.delta(x, self.start_A.weight, self.start_B.weight, self.scale)
         return lora.delta(x, self.A, self.B, self.scale) - start
 

@@ -1,22 +1,42 @@
-"""Train with less memory: norms and gated MLPs of known families keep less for backward (equal results)."""
+"""Train with less memory and, on a card, in fewer kernels: known layers swap in forms that keep less for backward."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from decal.layers.block import LeanBlock, block_of
+from decal.layers.host_embedding import HostEmbedding, host_of
 from decal.layers.lean import LeanGatedMLP, LeanRMSNorm, lean_of
+from decal.layers.shelf import Shelf
 from decal.model.inject import place
+from decal.ops import fuse
+
+Lean = LeanBlock | HostEmbedding | LeanGatedMLP | LeanRMSNorm
 
 
 @contextmanager
-def lean(model: nn.Module) -> Iterator[int]:
-    """Swap the lean forms in for the time of the block; yields how many. The model afterwards is the very same."""
-    swapped: list[tuple[str, LeanGatedMLP | LeanRMSNorm]] = []
+def lean(model: nn.Module, *, embedding_on_host: bool = False) -> Iterator[int]:
+    """Swap the lean forms in for the time of the block; yields how many. The model afterwards is the very same.
+
+    With `embedding_on_host` the table of the input embedding lies in host memory meanwhile.
+    """
+    swapped: list[tuple[str, Lean]] = []
+    shelf = Shelf()
+    one_function = fuse.on(next(model.parameters()).device)
+    unwrap: Any = getattr(model, "get_base_model", None)
+    inner: Any = model if unwrap is None else unwrap()
+    table = inner.get_input_embeddings() if embedding_on_host else None
     for name, module in list(model.named_modules()):
-        new = lean_of(module)
+        new: Lean | None = lean_of(module)
+        if new is None and table is not None and module is table:
+            new = host_of(module, inner.get_output_embeddings())
+        if new is None and one_function:
+            new = block_of(module, shelf)
         if new is not None:
             new.train(module.training)
             place(model, name, new)
@@ -25,4 +45,49 @@ def lean(model: nn.Module) -> Iterator[int]:
         yield len(swapped)
     finally:
         for name, new in swapped:
-            place(model, name, new.original.train(new.training))
+            original = new.back() if isinstance(new, HostEmbedding) else new.original
+            place(model, name, original.train(new.training))
+
+
+BODIES = {"LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model"}  # of transformers: an embedding, layers and a norm
+
+
+def in_one_function(body: Any, length: int) -> bool:
+    """Return whether a transformer body runs rows of `length` tokens in layers of one function, without a mask."""
+    layers = getattr(body, "layers", None)
+    if type(body).__name__ not in BODIES or not isinstance(layers, nn.ModuleList):
+        return False
+    if length > (getattr(body.config, "sliding_window", None) or length):
+        return False
+    return all(isinstance(layer, LeanBlock) and not layer.masked for layer in layers)
+
+
+def embedded(body: Any, input_ids: Tensor) -> Tensor:
+    """Return what `run_layers` takes, on the host: token ids, or their rows where the embedding lies there."""
+    table = body.embed_tokens
+    return table.rows(input_ids) if isinstance(table, HostEmbedding) else input_ids
+
+
+def run_layers(body: Any, inputs: Tensor) -> Tensor:
+    """Return what a body of `in_one_function` makes of whole rows: its own forward pass, less what waits for the card.
+
+    transformers asks the card whether rows are packed, which nothing recorded for replay may do.
+    """
+    hidden: Tensor = inputs if inputs.is_floating_point() else body.embed_tokens(inputs)
+    places = torch.arange(hidden.shape[1], device=hidden.device)[None]
+    rotation = body.rotary_emb(hidden, position_ids=places)
+    for layer in body.layers:
+        hidden = layer(hidden, attention_mask=None, position_embeddings=rotation)
+    out: Tensor = body.norm(hidden)
+    return out
+
+
+def general_note(model: nn.Module) -> str | None:
+    """Return what is to be said of a swapped model on a card whose layers are not of one function; None if they are."""
+    blocks = any(isinstance(module, LeanBlock) for module in model.modules())
+    if blocks or not fuse.on(next(model.parameters()).device):
+        return None
+    return (
+        "this model's layers run in their general form, with equal results, slower and with more memory: the quick one "
+        f"is for {', '.join(sorted(name.removesuffix('Model') for name in BODIES))} with a frozen base"
+    )

@@ -30,3 +30,6 @@ def enable(model: nn.Module, switch: Switch, given: Mapping[str, Any], *, every_
     older: Any = model.gradient_checkpointing_enable
     newer: Any = getattr(model, "activation_checkpointing_enable", older)
     newer(settings, every_n_layers, offload)  # it lets the embedding's output need a gradient, too
+    for module in model.modules():
+        if getattr(module, "gradient_checkpointing", False):
+            module.offloads_checkpoint = offload  # type: ignore[assignment]  # for layers/block.py

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from decal.errors import DataError, Unsupported
-from decal.ops import select
+from decal.ops import fuse, regions, select
 
 # Rows of logits that exist at a time. CPU, SmolLM2's head (V=49152, D=576), 2048 rows, fp32, forward and both
 # gradients' GEMMs, CPU seconds on one AVX2 thread: 32 rows 3.42, 64 2.87, 128 2.54, 256 2.42, 512 2.33, 1024 2.43,
@@ -50,6 +50,22 @@ def chunked_cross_entropy(
             fix="Use the tokenizer that belongs to this model, or resize its embeddings.",
         )
     rows, targets = rows.to(hidden.device), targets.to(hidden.device)
+    return cross_entropy_of_rows(hidden, weight, rows, targets, bias=bias, chunk=chunk), rows.numel()
+
+
+def cross_entropy_of_rows(
+    hidden: Tensor,
+    weight: Tensor,
+    rows: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    chunk: int | None = None,
+) -> Tensor:
+    """Return the summed cross entropy of `targets` (R,) at different `rows` (R,) of `hidden`, all on its device.
+
+    Where regions run (ops/fuse.py) and there is no bias, a target below 0 has no loss.
+    """
     kind = hidden.device.type
     dtype = torch.promote_types(hidden.dtype, weight.dtype)
     if torch.is_autocast_enabled(kind):
@@ -57,7 +73,7 @@ def chunked_cross_entropy(
     size = chunk if chunk is not None else CHUNK.get(select.habits(hidden.device), CHUNK["cuda"])
     arguments = (hidden, weight, bias, rows, targets, size, dtype, torch.is_grad_enabled())
     loss: Tensor = _ChunkedCrossEntropy.apply(*arguments)  # type: ignore[no-untyped-call]  # torch's is untyped
-    return loss, rows.numel()
+    return loss
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -107,11 +123,12 @@ def _forward(
     for start in range(0, len(h_ND), chunk):
         part = slice(start, start + chunk)
         h, y = h_ND[part], targets[part, None]
-        z = torch.mm(h, W_VD.T, out=buffer[: len(h)]).to(exact)
-        if b_V is not None:
-            z += b_V
-        losses[part], dz = _softmax(z, y)
-        dz = dz.to(h.dtype)
+        z = torch.mm(h, W_VD.T, out=buffer[: len(h)])
+        if b_V is None and fuse.on(z.device):
+            losses[part], dz = regions.cross_entropy_(z, targets[part]), z
+        else:
+            losses[part], dz = _softmax(z.to(exact) if b_V is None else z.to(exact).add_(b_V), y)
+            dz = dz.to(h.dtype)
         if dh is not None:
             torch.mm(dz, W_VD, out=dh[part])
         if dW is not None:

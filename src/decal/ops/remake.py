@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from decal.ops import workspace
+from decal.ops import fuse, regions, workspace
 
 
 class Cheap(Protocol):
@@ -65,10 +65,14 @@ class GatedProduct:
 
     def forward(self, *inputs: Tensor) -> Tensor:
         gate, up = inputs
+        if fuse.on(gate.device):
+            return regions.gated(gate, up, self.activation)
         return self._act(gate).mul_(up)
 
     def backward(self, dy: Tensor, *inputs: Tensor) -> tuple[Tensor | None, ...]:
         gate, up = inputs
+        if fuse.on(gate.device):
+            return regions.gated_backward(dy, gate, up, self.activation)
         d_up = self._act(gate).mul_(dy)
         d = torch.mul(dy, up, out=workspace.fresh(up.shape, up))
         if self.activation == "silu":
@@ -95,12 +99,16 @@ class RMSNorm:
 
     def forward(self, *inputs: Tensor) -> Tensor:
         x, w = inputs
+        if fuse.on(x.device):
+            return regions.rms_norm(x, w, self.eps)
         wide = x.float()
         normed = torch.mul(wide, self._rstd(wide), out=workspace.fresh(x.shape, wide))
         return normed.mul_(w) if w.dtype == x.dtype == wide.dtype else w * normed.to(x.dtype)
 
     def backward(self, dy: Tensor, *inputs: Tensor) -> tuple[Tensor | None, ...]:
         x, w = inputs
+        if fuse.on(x.device):
+            return regions.rms_norm_backward(dy, x, w, self.eps), None
         wide = x.float()
         rstd = self._rstd(wide)
         d = torch.mul(dy, w, out=workspace.fresh(x.shape, dy)).float()  # the gradient of the normed values n

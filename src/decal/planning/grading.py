@@ -44,7 +44,9 @@ class Grader:
         began = clock.perf_counter()
         self._device, self._before = numbers.device, rss.resident()
         try:
-            self._foresee(wanted_of(config, numbers, batches, held_out))
+            # Within a budget of memory what layers keep is decided when training has begun: nothing to foresee.
+            if config.train.memory is None or numbers.device.type != "cuda":
+                self._foresee(wanted_of(config, numbers, batches, held_out))
         except DecalError:
             pass  # loading the weights meets it again, and says so
         except Exception as error:

@@ -43,7 +43,7 @@ def flops(func: Any, args: Any, kwargs: Any, out: Any) -> int:
         _, q, k, v = args[:4]
         causal = args[7] if len(args) > 7 else kwargs.get("is_causal", False)
         return int(2.5 * _attention(q, k, v) * (CAUSAL if causal else 1))  # the scores once more, and four products
-    found = flop_registry.get(packet)
+    found = flop_registry.get(aten.addmm if packet is aten.addmm_ else packet)  # torch knows addmm_ by no count
     if found is None:
         return 0
     return int(found(*args, **{k: v for k, v in kwargs.items() if k != "out"}, out_val=out))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from decal.planning import kernels
 
+R = TypeVar("R")
 SMALL = 1 << 20  # elements: what has values and is no larger keeps them, so that models may look at positions
 
 
@@ -40,6 +41,7 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
     def __init__(self, *, card: bool = False) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch's
         self.card = card
+        self._inside = False  # a kernel
         self.blocks: list[Block] = []
         self.now = 0
         self.flops: list[tuple[int, int]] = []  # of matrix products and attention: (when, how many)
@@ -60,11 +62,27 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
                 out = func(*args, **kwargs)
         else:
             out = func(*args, **kwargs)
+        if self._inside:
+            return out
         self.now += 1
         outputs = [out] if isinstance(out, Tensor) else [x for x in tree_leaves(out) if isinstance(x, Tensor)]
         for tensor in outputs:
             self.see(tensor)
         self._count(func, args, kwargs, inputs, outputs, out)
+        return out
+
+    def kernel(self, run: Callable[[], R], touched: list[Tensor]) -> R:
+        """Count `run` as one operation that reads and writes `touched` and makes what it returns, nothing between."""
+        self._inside = True
+        try:
+            out = run()
+        finally:
+            self._inside = False
+        self.now += 1
+        outputs = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
+        for tensor in outputs:
+            self.see(tensor)
+        self.moved.append((self.now, sum(kernels.size(x) for x in (*touched, *outputs))))
         return out
 
     def see(self, tensor: Tensor, part: str | None = None, *, middle: bool = False) -> Block:

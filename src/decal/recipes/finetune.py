@@ -16,15 +16,16 @@ from decal.checks import preflight
 from decal.checks.result import require
 from decal.data.ledger import Ledger
 from decal.evaluate.loss import evaluate
-from decal.model.lean import lean
+from decal.model.lean import general_note, lean
 from decal.planning.grading import Grader
 from decal.recipes import verify
 from decal.report import run as page
 from decal.rundir import RunDir
 from decal.spec import RunConfig
-from decal.training import logs, loop, manifest, start, state
+from decal.training import budget, logs, loop, manifest, start, state
 from decal.training.job import Job, prepare
 from decal.training.loop import Measured
+from decal.training.state import Progress
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,20 +76,7 @@ def finetune(
         for note in () if checkpoint else (*job.notes, *grader.notes):
             report("note", text=note)
         grader.begin()
-        with lean(job.model):  # equal results, less kept for backward
-            progress = loop.train(
-                job.model,
-                job.batches,
-                job.loss,
-                config.train,
-                run=run,
-                precision=job.numbers,
-                emit=report,
-                evaluate=measure(job),
-                save_adapter=job.model.save_pretrained if config.train.method == "lora" else None,
-                resume=checkpoint,
-                wrap=wrap,
-            )
+        progress = train(job, run, report, checkpoint=checkpoint, wrap=wrap)
         graded = grader.grade([event for event in run.events() if event["kind"] == "step"])
         if graded is not None:
             report("plan", step=progress.step, **graded)
@@ -100,6 +88,39 @@ def finetune(
         outcome = manifest.outcome(run, progress, kept=kept, seconds=time.perf_counter() - began)
         run.write_manifest({**facts, "plan": graded, "outcome": outcome})
     return summary(run, result, job.data.ledger, facts["parameters"]["trainable"], outcome)
+
+
+def train(
+    job: Job,
+    run: RunDir,
+    report: logs.Report,
+    *,
+    checkpoint: Path | None,
+    wrap: Callable[[nn.Module], nn.Module],
+) -> Progress:
+    """Run the training loop on the lean forms of the model's layers, within the budget of memory where there is one."""
+    config, device = job.config, job.numbers.device
+    on_host = budget.wants_embedding_on_host(job.model, config, device)
+    with (
+        lean(job.model, embedding_on_host=on_host),  # equal results, less kept for backward
+        budget.spent(job.model, config, device, lambda text: report("note", text=text)) as spend,
+    ):
+        if (slower := general_note(job.model)) is not None:
+            report("note", text=slower)
+        return loop.train(
+            job.model,
+            job.batches,
+            job.loss,
+            config.train,
+            run=run,
+            precision=job.numbers,
+            emit=report,
+            evaluate=measure(job),
+            save_adapter=job.model.save_pretrained if config.train.method == "lora" else None,
+            resume=checkpoint,
+            wrap=wrap,
+            budget=spend,
+        )
 
 
 def measure(job: Job) -> Callable[[nn.Module], Measured] | None:

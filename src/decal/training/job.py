@@ -20,7 +20,7 @@ from decal.model.load import load_model, load_tokenizer
 from decal.model.wrapper import PeftModel
 from decal.rundir import RunDir
 from decal.spec import RunConfig
-from decal.training import logs, losses, plan, precision, start
+from decal.training import budget, logs, losses, plan, precision, start
 from decal.training.losses import Loss
 from decal.training.precision import Precision
 
@@ -52,6 +52,8 @@ def prepare(config: RunConfig, *, resumed: RunDir | None = None, before_weights:
     until then.
     """
     logs.check_installed(config.train.log_to)
+    if config.train.memory is not None:
+        budget.parse(config.train.memory)
     numbers = precision.resolve(config.train.precision, precision.pick_device(config.train.device))
     seed_everything(config.train.seed)
 

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from torch import nn
 
 from decal.data.batch import Batch
@@ -16,12 +17,15 @@ from decal.errors import RunError
 from decal.rundir import RunDir
 from decal.spec import TrainConfig
 from decal.training import alive, optim, plan, state, stopping
+from decal.training.budget import Budget
+from decal.training.graphs import Graphs
 from decal.training.interrupt import Interrupted, listening
 from decal.training.losses import Loss
+from decal.training.paged import Paged
 from decal.training.plan import Plan
 from decal.training.precision import Precision
 from decal.training.state import Progress
-from decal.training.step import NotFinite, StepResult, take_step
+from decal.training.step import Backward, NotFinite, StepResult, backward, take_step
 from decal.training.watch import Advice, Watch
 
 OVERFLOWS = 20  # fp16: a scale that is still too large after halving 20 times will not be found
@@ -70,18 +74,22 @@ def train(
     save_adapter: Callable[[Path], object] | None = None,
     resume: Path | None = None,
     wrap: Callable[[nn.Module], nn.Module] = identity,
+    budget: Budget | None = None,
 ) -> Progress:
     """Train the model's trainable parameters in place and return how far it came.
 
     `evaluate` measures the model on held-out data; `save_adapter` adds the adapter's own format to each checkpoint;
-    `resume` is a checkpoint to go on from. Raises Interrupted after a signal, once the step under way is saved;
-    RunError if nothing can be learnt or the loss is not finite. With `train.auto_stop` a run that diverges ends there,
-    and `stopped` and `kept` of what is returned say why and with which weights.
+    `resume` is a checkpoint to go on from, `budget` bounds a card's memory. Raises Interrupted after a signal, once the
+    step under way is saved; RunError if nothing can be learnt or the loss is not finite. With `train.auto_stop` a run
+    that diverges ends there, and `stopped` and `kept` of what is returned say why and with which weights.
     """
     model = wrap(model)
     todo = plan.make(config, steps_per_epoch=batches.steps_per_epoch, evaluates=evaluate is not None)
     done, scaler = Progress(), precision.scaler()
     optimizer = optim.build(model, config, say=lambda text: emit("note", text=text))
+    graphs = Graphs(precision, say=lambda text: emit("note", text=text))
+    run_backward = _way_back(config.cuda_graphs and wrap is identity, graphs, budget, optimizer)
+    step = partial(take_step, precision=precision, limit=config.max_grad_norm, run=run_backward)
     job = state.Training(model=model, optimizer=optimizer, scaler=scaler, batches=batches, progress=done)
     if resume is not None:
         state.load(resume, job)
@@ -102,12 +110,11 @@ def train(
             optim.set_lr(optimizer, share)
             inspect = partial(_say_dead, model, emit) if done.step == first else None
             with _diverging(run, watch, done, config, precision):
-                limit = config.max_grad_norm
-                result = take_step(
-                    model, group, loss, optimizer, scaler, precision=precision, limit=limit, inspect=inspect
-                )
+                result = step(model, group, loss, optimizer, scaler, inspect=inspect)
             if done.stopped:
                 break
+            if budget is not None:
+                budget.stepped(graphs.forget)
             _count(done, result, time.perf_counter() - clock)
             emit("step", **_fields(done, result, config.lr * share, todo, time.perf_counter() - clock))
             _advise(watch.step(done.step, result, share=share), done.step, emit)
@@ -129,6 +136,13 @@ def train(
     elif _enough(done, config):
         emit("note", step=done.step, text=f"stopped early: {config.early_stopping} evaluations without a better loss")
     return done
+
+
+def _way_back(recorded: bool, graphs: Graphs, budget: Budget | None, optimizer: torch.optim.Optimizer) -> Backward:
+    """Return how gradients come about: launched or replayed, and within a budget."""
+    # A paged optimizer looks at the card's memory in every backward pass, which a replay would not let it do.
+    run = graphs.backward if recorded and not isinstance(optimizer, Paged) else backward
+    return run if budget is None else budget.guarded(run, graphs.forget)
 
 
 def _owed(done: Progress, todo: Plan) -> bool:

@@ -39,15 +39,15 @@ class SFT:
         return batch.loss_tokens
 
     def __call__(self, model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
-        device = next(model.parameters()).device
+        body, linear = head.parts(model) if self.chunked else (model, None)
+        device = next(model.parameters() if linear is None else linear.parameters()).device
         # No attention mask: with it transformers would not tell packed samples apart by their position_ids.
         inputs = {"input_ids": batch.input_ids.to(device), "use_cache": False}
         if batch.position_ids is not None:
             inputs["position_ids"] = batch.position_ids.to(device)
-        if not self.chunked:
+        if linear is None:
             count = batch.loss_tokens
             return model(**inputs, labels=batch.labels.to(device)).loss * count, count
-        body, linear = head.parts(model)
         hidden = body(**inputs).last_hidden_state
         return chunked_cross_entropy(
             hidden.flatten(0, 1), linear.weight, shifted(batch.labels), bias=linear.bias, ignore=IGNORE

@@ -24,6 +24,8 @@ FREE = frozenset(
         "train.save_every",
         "train.auto_stop",
         "train.gradient_checkpointing",
+        "train.cuda_graphs",
+        "train.memory",
     }
 )
 

@@ -1,0 +1,175 @@
+"""Products with frozen weights that share an input, each with a change s·B·A: y_i = x (W_i + s_i·B_i·A_i)ᵀ.
+
+Forward and backward are explicit, so that what is shared is read once: one product with all A stacked, one sum of the
+input's gradients, formed in the products themselves. A change is merged into the weight while it is decoded, or kept
+apart (`merged`; layers/adapted.py says when which is exact); apart, a product's sum starts from the change, so that a
+16-bit y does not round a young adapter away.
+
+Shapes: N rows, D inputs, O outputs of one product, R ranks of all products together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from decal.ops import select, workspace
+
+Write = Callable[[Tensor, Tensor | None, Tensor | None], None]  # (out (O, D), A, B): out = W, or W + s·B·A
+
+
+@dataclass(frozen=True)
+class Product:
+    """One frozen weight. `stored` is the weight itself where it is stored as it is; else `write` decodes it."""
+
+    inputs: int
+    outputs: int
+    scale: float
+    bias: Tensor | None
+    stored: Tensor | None
+    write: Write
+
+
+Factors = tuple[Tensor, Tensor] | None  # A (rank, D), B (O, rank) of one product
+
+
+@dataclass(frozen=True)
+class Projected:
+    """All A in the gradients' dtype (R, D), and s·dy B (N, R)."""
+
+    A_RD: Tensor
+    T_NR: Tensor
+
+
+@dataclass(frozen=True)
+class Group:
+    """Products of the same input."""
+
+    products: tuple[Product, ...]
+    merged: bool
+
+    def forward(
+        self, x_ND: Tensor, factors: Sequence[Factors], outs: Sequence[Tensor], whole: Tensor | None = None
+    ) -> None:
+        """Write the products into `outs`, each (N, O); these may be the columns of `whole`, which is quicker."""
+        if whole is not None and self.merged:
+            torch.mm(x_ND, self._stacked(factors, x_ND).T, out=whole)
+        else:
+            A_RD, Bs = (None, []) if self.merged else _narrow(factors, x_ND)
+            S_NR = None if A_RD is None else self._scaled(x_ND @ A_RD.T, factors)
+            for product, pair, out, columns, B in self._each(factors, outs, Bs):
+                if B is None or S_NR is None:
+                    torch.mm(x_ND, self._weight(product, pair, x_ND).T, out=out)
+                else:
+                    torch.mm(S_NR[:, columns], B.T, out=out)
+                    out.addmm_(x_ND, self._weight(product, None, x_ND).T)
+        for product, out in zip(self.products, outs, strict=True):
+            if product.bias is not None:
+                out += product.bias
+
+    def added(self, x_ND: Tensor, factors: Sequence[Factors], plus_NO: Tensor) -> Tensor | None:
+        """Return plus + the only product, rounded once; None where that could round the change away."""
+        (product,) = self.products
+        if not self.merged and factors[0] is not None:
+            return None
+        out = torch.addmm(plus_NO, x_ND, self._weight(product, factors[0], x_ND).T)
+        return out if product.bias is None else out.add_(product.bias)
+
+    def project(self, dys: Sequence[Tensor], factors: Sequence[Factors]) -> Projected | None:
+        """Return s·dy B of all products side by side, which both gradients are made of; None without factors."""
+        A_RD, Bs = _narrow(factors, dys[0])
+        if A_RD is None:
+            return None
+        T_NR = dys[0].new_empty(len(dys[0]), len(A_RD))
+        for _, _, dy, columns, B in self._each(factors, dys, Bs):
+            if B is not None:
+                torch.mm(dy, B, out=T_NR[:, columns])
+        return Projected(A_RD, self._scaled(T_NR, factors))
+
+    def input_gradient(
+        self,
+        dys: Sequence[Tensor],
+        factors: Sequence[Factors],
+        projected: Projected | None,
+        whole: Tensor | None = None,
+    ) -> Tensor:
+        """Return the gradient of x; `whole` holds all dys side by side, where they do."""
+        if whole is not None and self.merged:
+            return torch.mm(whole, self._stacked(factors, whole))
+        dx = None if self.merged or projected is None else projected.T_NR @ projected.A_RD
+        for product, pair, dy in zip(self.products, factors, dys, strict=True):
+            W = self._weight(product, pair if self.merged else None, dy)
+            dx = torch.mm(dy, W) if dx is None else dx.addmm_(dy, W)
+        assert dx is not None, "a group has products"
+        return dx
+
+    def factor_gradients(
+        self, dys: Sequence[Tensor], x_ND: Tensor, factors: Sequence[Factors], projected: Projected | None
+    ) -> list[Factors]:
+        """Return the gradients of A and B of each product."""
+        if projected is None:
+            return [None] * len(dys)
+        dA_RD = _wide_mm(projected.T_NR.T, x_ND)
+        S_NR = self._scaled(x_ND @ projected.A_RD.T, factors)
+        return [
+            None if pair is None else (dA_RD[columns], _wide_mm(dy.T, S_NR[:, columns]))
+            for _, pair, dy, columns, _ in self._each(factors, dys, ())
+        ]
+
+    def _each(
+        self, factors: Sequence[Factors], tensors: Sequence[Tensor], Bs: Sequence[Tensor]
+    ) -> list[tuple[Product, Factors, Tensor, slice, Tensor | None]]:
+        """Return for each product: itself, its factors, its tensor, its columns among the ranks, its narrow B."""
+        found, first, narrow = [], 0, iter(Bs)
+        for product, pair, tensor in zip(self.products, factors, tensors, strict=True):
+            rank = 0 if pair is None else len(pair[0])
+            found.append((product, pair, tensor, slice(first, first + rank), next(narrow, None) if rank else None))
+            first += rank
+        return found
+
+    def _scaled(self, S_NR: Tensor, factors: Sequence[Factors]) -> Tensor:
+        """Multiply each product's columns by its scale, in place."""
+        live = [(p.scale, len(pair[0])) for p, pair in zip(self.products, factors, strict=True) if pair is not None]
+        if len({scale for scale, _ in live}) == 1:
+            return S_NR.mul_(live[0][0])
+        for (scale, _), columns in zip(live, torch.split(S_NR, [rank for _, rank in live], 1), strict=True):
+            columns.mul_(scale)
+        return S_NR
+
+    def _weight(self, product: Product, pair: Factors, like: Tensor) -> Tensor:
+        """Return W, or with factors W + s·B·A, in the shared buffer unless it is stored as it is."""
+        if pair is None and product.stored is not None and product.stored.dtype == like.dtype:
+            return product.stored
+        out = workspace.buffer((product.outputs, product.inputs), like.dtype, like.device)
+        product.write(out, *(pair or (None, None)))
+        return out
+
+    def _stacked(self, factors: Sequence[Factors], like: Tensor) -> Tensor:
+        """Return all merged weights, one above the other, in the shared buffer."""
+        outputs = [p.outputs for p in self.products]
+        W = workspace.buffer((sum(outputs), self.products[0].inputs), like.dtype, like.device)
+        for product, pair, rows in zip(self.products, factors, torch.split(W, outputs), strict=True):
+            product.write(rows, *(pair or (None, None)))
+        return W
+
+
+def _narrow(factors: Sequence[Factors], like: Tensor) -> tuple[Tensor | None, list[Tensor]]:
+    """Return all A stacked (R, D) and each B (O, rank), in `like`'s dtype; None and nothing without factors."""
+    pairs = [pair for pair in factors if pair is not None]
+    if not pairs:
+        return None, []
+    ranks = [len(A) for A, _ in pairs]
+    A_RD = like.new_empty(sum(ranks), pairs[0][0].shape[1])
+    Bs = [like.new_empty(B.shape) for _, B in pairs]
+    torch._foreach_copy_([*torch.split(A_RD, ranks), *Bs], [A for A, _ in pairs] + [B for _, B in pairs])
+    return A_RD, Bs
+
+
+def _wide_mm(a: Tensor, b: Tensor) -> Tensor:
+    """Return a @ b, on a card in fp32 (the sum's own precision) where the inputs have 16 bits."""
+    if select.habits(a.device) == "cuda" and a.dtype in (torch.bfloat16, torch.float16):
+        return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else torch.mm(a, b).float()
+    return a @ b

@@ -1,0 +1,158 @@
+"""The elementwise parts of a decoder layer and its loss, forward and backward, each one kernel on a card (ops/fuse.py).
+
+Shapes: N rows, D model width, F inner width of the MLP; B rows of a batch, S positions, H heads, E head width.
+Functions whose names end in _ write their results over their inputs.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from decal.ops.fuse import region
+
+
+@region
+def rms_norm(x: Tensor, w: Tensor, eps: float) -> Tensor:
+    """Return w ∘ x / sqrt(mean(x²) + eps) over the last dimension (Zhang & Sennrich 2019, eq. 4)."""
+    return _rms_norm(x, w, eps)
+
+
+@region
+def add_rms_norm(y: Tensor, x: Tensor, w: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Return x + y and its norm."""
+    total = x + y
+    return total, _rms_norm(total, w, eps)
+
+
+def _rms_norm(x: Tensor, w: Tensor, eps: float) -> Tensor:
+    wide = x.float()
+    normed = wide * torch.rsqrt((wide * wide).mean(-1, keepdim=True) + eps)
+    return w * normed.to(x.dtype)
+
+
+@region
+def rms_norm_backward(dy: Tensor, x: Tensor, w: Tensor, eps: float) -> Tensor:
+    """Return the gradient of x."""
+    return _rms_norm_backward(dy, x, w, eps).to(x.dtype)
+
+
+@region
+def rms_norm_backward_plus(dy: Tensor, x: Tensor, w: Tensor, eps: float, plus: Tensor) -> Tensor:
+    """Return the gradient of x, and `plus` (what reaches x past the norm) added to it."""
+    return (_rms_norm_backward(dy, x, w, eps) + plus).to(x.dtype)
+
+
+def _rms_norm_backward(dy: Tensor, x: Tensor, w: Tensor, eps: float) -> Tensor:
+    wide = x.float()
+    rstd = torch.rsqrt((wide * wide).mean(-1, keepdim=True) + eps)
+    d, n = (dy * w).float(), wide * rstd
+    return (d - n * (n * d).mean(-1, keepdim=True)) * rstd
+
+
+@region
+def norm_heads(x: Tensor, wq: Tensor, wk: Tensor, eps: float, heads: int) -> Tensor:
+    """Return x (N, H, E) with its first `heads` heads, queries, normed by wq, the next ones, keys, by wk (Qwen3).
+
+    As many heads of values as of keys come last, and stay as they are.
+    """
+    q, k, v = torch.split(x, _thirds(x, heads), 1)
+    return torch.cat((_rms_norm(q, wq, eps), _rms_norm(k, wk, eps), v), 1)
+
+
+@region
+def norm_heads_backward(d: Tensor, x: Tensor, wq: Tensor, wk: Tensor, eps: float, heads: int) -> Tensor:
+    """Return the gradient of x."""
+    dq, dk, dv = torch.split(d, _thirds(d, heads), 1)
+    q, k, _ = torch.split(x, _thirds(x, heads), 1)
+    dq, dk = _rms_norm_backward(dq, q, wq, eps), _rms_norm_backward(dk, k, wk, eps)
+    return torch.cat((dq.to(x.dtype), dk.to(x.dtype), dv), 1)
+
+
+def _thirds(x: Tensor, heads: int) -> list[int]:
+    kv = (x.shape[1] - heads) // 2
+    return [heads, kv, kv]
+
+
+@region
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, heads: int) -> Tensor:
+    """Return x (B, S, H, E) with its first `heads` heads turned by RoPE (Su et al. 2021, eq. 34), halves as pairs."""
+    pair, c, s, first = _halves(x, cos, sin)
+    a, b = pair[..., :1, :], pair[..., 1:, :]
+    turned = pair * c + torch.where(first, -b, a) * s
+    live = torch.arange(x.shape[2], device=x.device)[:, None, None] < heads
+    return torch.where(live, turned, pair).view(x.shape)
+
+
+@region
+def rotate_backward(dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Return the gradient of `rotate`'s x, (B, S, H, E), from those of queries, keys and values, each (B, H, S, E)."""
+    parts = []
+    for d in (dq.transpose(1, 2), dk.transpose(1, 2)):
+        pair, c, s, first = _halves(d, cos, sin)
+        a, b = pair[..., :1, :] * s[..., :1, :], pair[..., 1:, :] * s[..., 1:, :]
+        parts.append((pair * c + torch.where(first, b, -a)).flatten(-2))
+    return torch.cat((*parts, dv.transpose(1, 2)), 2)
+
+
+def _halves(x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return x, cos and sin with a head's two halves as an axis of its own, and where the first half is."""
+    half = x.shape[-1] // 2
+    c, s = (t.reshape(*t.shape[:2], 1, 2, half) for t in (cos, sin))
+    return x.reshape(*x.shape[:-1], 2, half), c, s, torch.arange(2, device=x.device)[:, None] == 0
+
+
+@region
+def gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    """Return act(gate) ∘ up (Shazeer 2020); `activation` is "silu" or "gelu_pytorch_tanh"."""
+    act = F.silu(_wide(gate)) if activation == "silu" else F.gelu(_wide(gate), approximate="tanh")
+    return (act * up).to(gate.dtype)
+
+
+@region
+def gated_backward_(dy: Tensor, gate: Tensor, up: Tensor, activation: str) -> None:
+    """Write act(gate) ∘ up over dy, and the gradients of gate and up over these."""
+    act, slope = _activation(_wide(gate), activation)
+    # All three before an input is overwritten.
+    h, d_gate, d_up = act * up, _wide(dy) * up * slope, dy * act
+    dy.copy_(h)
+    gate.copy_(d_gate)
+    up.copy_(d_up)
+
+
+@region
+def gated_backward(dy: Tensor, gate: Tensor, up: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+    """Return the gradients of gate and up."""
+    act, slope = _activation(_wide(gate), activation)
+    return (_wide(dy) * up * slope).to(gate.dtype), (dy * act).to(up.dtype)
+
+
+def _activation(g: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+    """Return act(g) and its derivative."""
+    if activation == "silu":
+        sigmoid = torch.sigmoid(g)
+        return g * sigmoid, sigmoid * (1 + g * (1 - sigmoid))
+    root = 0.7978845608028654  # sqrt(2/π); gelu's tanh form (Hendrycks & Gimpel 2016)
+    t = torch.tanh(root * (g + 0.044715 * g * g * g))
+    return 0.5 * g * (1 + t), 0.5 * (1 + t) + 0.5 * g * (1 - t * t) * root * (1 + 3 * 0.044715 * g * g)
+
+
+@region
+def cross_entropy_(z: Tensor, y: Tensor) -> Tensor:
+    """Return each row's loss for logits z (N, V) and labels y (N,), and write its gradient, softmax - onehot, over z.
+
+    A row with a label below 0 has neither.
+    """
+    wide = _wide(z)
+    top = wide.amax(1, keepdim=True)
+    lse = (wide - top).exp().sum(1, keepdim=True).log() + top
+    live = y >= 0
+    losses = torch.where(live, lse.flatten() - wide.gather(1, y.clamp(min=0)[:, None]).flatten(), 0.0)
+    onehot = torch.arange(z.shape[1], device=z.device) == y[:, None]
+    z.copy_(torch.where(live[:, None], (wide - lse).exp() - onehot.to(wide.dtype), 0.0))
+    return losses
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()

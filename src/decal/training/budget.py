@@ -1,0 +1,210 @@
+"""A budget of a card's memory, spent on keeping activations: what does not fit is computed again in backward.
+
+Every decoder layer that runs as one function (layers/block.py) keeps what its backward reads, or its input alone, on
+the card or in host memory. A run begins with the least, measures one warm step, and then spends what is left: layers
+keep everything from the last one down (their memory is free again when the first ones run backward), and of the others
+as many inputs as fit stay on the card. After two more steps the plan is corrected by what they took. The allocator is
+told the limit, so that a step beyond it fails, and is run again with less kept, rather than takes more.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from decal.data.batch import Batch
+from decal.errors import ConfigError, RunError
+from decal.layers.block import LeanBlock
+from decal.ops.loss import CHUNK
+from decal.spec import RunConfig
+from decal.training.losses import Loss
+from decal.training.precision import Precision
+from decal.training.step import Backward
+
+GIB = 2**30
+UNITS = {"kib": 2**10, "mib": 2**20, "gib": GIB, "kb": 10**3, "mb": 10**6, "gb": 10**9}
+CONTEXT = 0.6 * GIB  # of a CUDA context with its libraries, where it cannot be measured
+SPARE = 0.02  # of the budget: blocks of the allocator that no tensor fills
+WARM, SETTLED = 2, 4  # steps after which the plan is made, and corrected
+
+
+def parse(text: str) -> int:
+    """Return the bytes of a size such as "8GiB" or "7.5 GB". Raises ConfigError."""
+    found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([KMGkmg][iI]?[bB])\s*", text)
+    if found is None or float(found[1]) == 0:
+        raise ConfigError(
+            "train.memory must be a size with its unit", got=repr(text), fix="Write for example train.memory=8GiB."
+        )
+    return int(float(found[1]) * UNITS[found[2].lower()])
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How many layers keep everything (the last ones), and how many of the others keep their input on the card."""
+
+    keep: int
+    inputs: int
+
+    def modes(self, layers: int) -> list[str]:
+        """Return each layer's memory, the first layer first."""
+        others = layers - self.keep
+        return ["offload"] * (others - self.inputs) + ["recompute"] * self.inputs + ["keep"] * self.keep
+
+
+def fill(room: float, *, layers: int, kept: float, given: float) -> Plan:
+    """Return the plan that spends `room` bytes beyond what layers with their inputs on the host need.
+
+    A layer that keeps everything costs `kept` bytes, one with its input on the card `given`.
+    """
+    keep = max(0, min(layers, int(room // kept)))
+    inputs = max(0, min(layers - keep, int((room - keep * kept) // given)))
+    return Plan(keep, inputs)
+
+
+def wants_embedding_on_host(model: nn.Module, config: RunConfig, device: torch.device) -> bool:
+    """Whether the least that a step needs fits the budget only without the embedding's table on the card.
+
+    By arithmetic, before the first step: gradients and states of the optimizer, one layer in backward, one chunk of
+    logits. The table takes a batch's rows over to the card at every step, so that it stays there if it can.
+    """
+    if config.train.memory is None or device.type != "cuda":
+        return False
+    sizes: Any = getattr(model, "config", None)
+    width, inner = getattr(sizes, "hidden_size", 0), getattr(sizes, "intermediate_size", 0)
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    states = trainable * (4 + (3 if "8bit" in config.train.optimizer else 8))
+    layer = 2 * tokens_of(config) * (10 * width + 3 * inner) + 4 * width * inner
+    logits = 2 * CHUNK["cuda"] * getattr(sizes, "vocab_size", 0)
+    least = torch.cuda.memory_allocated(device) + states + layer + logits + CONTEXT
+    return least > (1 - SPARE) * parse(config.train.memory)
+
+
+def tokens_of(config: RunConfig) -> int:
+    """Return the tokens of the largest micro-batch."""
+    return config.train.micro_batch * config.data.max_length
+
+
+@contextmanager
+def spent(
+    model: nn.Module, config: RunConfig, device: torch.device, say: Callable[[str], object]
+) -> Iterator[Budget | None]:
+    """Yield the budget of a run whose layers have been swapped (model/lean.py); the limit holds inside the block.
+
+    None without a budget, or where it cannot be kept, which is said.
+    """
+    if config.train.memory is None:
+        yield None
+    elif device.type != "cuda":
+        say("train.memory bounds a CUDA card's memory; here it changes nothing")
+        yield None
+    elif not any(isinstance(module, LeanBlock) for module in model.modules()):
+        say("train.memory changes nothing: this model's layers do not run as one function each (docs/performance.md)")
+        yield None
+    else:
+        try:
+            yield Budget(model, parse(config.train.memory), tokens=tokens_of(config), device=device, say=say)
+        finally:
+            torch.cuda.set_per_process_memory_fraction(1.0, device)
+
+
+class Budget:
+    """The memory of one run on a card."""
+
+    def __init__(
+        self, model: nn.Module, limit: int, *, tokens: int, device: torch.device, say: Callable[[str], object]
+    ) -> None:
+        """`tokens` are those of the largest micro-batch."""
+        self.layers = [module for module in model.modules() if isinstance(module, LeanBlock)]
+        self.limit, self.tokens, self.device, self.say = limit, tokens, device, say
+        self.plan = Plan(0, 0)
+        self.steps = 0
+        self._set(self.plan)
+        free, total = torch.cuda.mem_get_info(device)
+        others = total - free - torch.cuda.memory_reserved(device)  # the context, and other processes on the card
+        self.context = int(min(others, CONTEXT) if others > 0 else CONTEXT)
+        torch.cuda.empty_cache()
+        torch.cuda.set_per_process_memory_fraction(min(1.0, max(0, limit - self.context) / total), device)
+
+    def guarded(self, run: Backward, forget: Callable[[], object]) -> Backward:
+        """Return `run`, which starts anew with less kept where it runs out of memory. `forget` undoes recordings."""
+
+        def backward(
+            model: nn.Module,
+            batches: Sequence[Batch],
+            loss: Loss,
+            scaler: torch.amp.GradScaler,
+            *,
+            precision: Precision,
+        ) -> Tensor:
+            while True:
+                try:
+                    return run(model, batches, loss, scaler, precision=precision)
+                except torch.OutOfMemoryError:
+                    pass
+                forget()
+                model.zero_grad(set_to_none=True)
+                torch.cuda.empty_cache()
+                self._less()
+
+        return backward
+
+    def stepped(self, forget: Callable[[], object]) -> None:
+        """Note a finished step; make or correct the plan where it is time."""
+        self.steps += 1
+        if self.steps == WARM - 1:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(self.device)
+        elif self.steps == WARM:
+            peak = torch.cuda.max_memory_allocated(self.device)
+            room = (1 - SPARE) * self.limit - self.context - peak
+            self._choose(fill(room, layers=len(self.layers), kept=self._kept(), given=self._input()), forget)
+        elif self.steps == WARM + SETTLED:
+            room = (1 - SPARE) * self.limit - self.context - torch.cuda.memory_reserved(self.device)
+            if room < 0 or room >= self._kept():
+                room += self.plan.keep * self._kept() + self.plan.inputs * self._input()
+                plan = fill(room, layers=len(self.layers), kept=self._kept(), given=self._input())
+                if plan != self.plan:
+                    self._choose(plan, forget)
+
+    def _choose(self, plan: Plan, forget: Callable[[], object]) -> None:
+        self.plan = plan
+        self._set(plan)
+        forget()
+        torch.cuda.empty_cache()
+        others = len(self.layers) - plan.keep
+        self.say(
+            f"of {len(self.layers)} layers {plan.keep} keep their activations, {others} are computed again in backward"
+            f" ({others - plan.inputs} with their inputs in host memory), for a budget of {self.limit / GIB:.2f} GiB"
+        )
+
+    def _less(self) -> None:
+        """Keep less than now. Raises RunError where nothing is left to give up."""
+        if self.plan.keep == 0 and self.plan.inputs == 0:
+            least = torch.cuda.max_memory_reserved(self.device) + self.context
+            raise RunError(
+                "the budget cannot be met: with every layer computed again and its input in host memory a step still "
+                "needs more",
+                got=f"train.memory={self.limit / GIB:.2f} GiB, and more than {least / GIB:.2f} GiB asked for",
+                fix="Halve train.micro_batch and double train.accumulate; shorten data.max_length; or use "
+                "train.optimizer=adamw8bit or quantize=nf4.",
+            )
+        down = max(1, self.plan.keep // 8)
+        plan = Plan(self.plan.keep - down, self.plan.inputs) if self.plan.keep else Plan(0, self.plan.inputs // 2)
+        self.say("a step ran out of memory and is run again with less kept")
+        self._choose(plan, lambda: None)
+
+    def _set(self, plan: Plan) -> None:
+        for layer, memory in zip(self.layers, plan.modes(len(self.layers)), strict=True):
+            layer.memory = memory  # type: ignore[assignment]  # one of Memory's words
+
+    def _kept(self) -> int:
+        return self.tokens * self.layers[0].kept_bytes()
+
+    def _input(self) -> int:
+        return self.tokens * self.layers[0].input_bytes()

@@ -1,0 +1,194 @@
+"""How a budget of memory is read and spent; what is said where it cannot be."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from decal import LoraConfig, get_peft_model
+from decal.errors import ConfigError, RunError
+from decal.layers.block import LeanBlock
+from decal.model.lean import lean
+from decal.ops import fuse
+from decal.spec import RunConfig
+from decal.training import budget
+from decal.training.budget import GIB, SETTLED, WARM, Budget, Plan, fill, parse
+from decal.training.precision import Precision
+from tests import models
+
+
+def test_sizes() -> None:
+    assert parse("8GiB") == 8 * 2**30
+    assert parse(" 7.5 GB ") == 7_500_000_000
+    assert parse("512mib") == 2**29
+
+
+@pytest.mark.parametrize("text", ["8", "GiB", "0GiB", "-1GiB", "8G", "8 GiB please"])
+def test_no_size(text: str) -> None:
+    with pytest.raises(ConfigError, match="a size with its unit"):
+        parse(text)
+
+
+@pytest.mark.parametrize(
+    ("room", "plan"),
+    [
+        (-5.0, Plan(0, 0)),
+        (0.9, Plan(0, 0)),
+        (3.5, Plan(0, 3)),
+        (10.0, Plan(1, 0)),
+        (25.0, Plan(2, 2)),  # 5 are left for inputs, but there are but 2 layers
+        (1000.0, Plan(4, 0)),
+    ],
+)
+def test_room_is_spent_on_whole_layers_first(room: float, plan: Plan) -> None:
+    assert fill(room, layers=4, kept=10.0, given=1.0) == plan
+
+
+def test_the_last_layers_keep() -> None:
+    assert Plan(keep=2, inputs=1).modes(5) == ["offload", "offload", "recompute", "keep", "keep"]
+
+
+def test_what_a_layer_keeps_is_what_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = get_peft_model(models.make("llama", torch.float32), LoraConfig(r=4, target_modules="all-linear")).train()
+    ids = models.tokens(2, 32)
+    with fuse.forced("plain"), lean(model):
+        block = next(m for m in model.modules() if isinstance(m, LeanBlock))
+        found = []
+        for memory in ("keep", "recompute"):
+            for each in model.modules():
+                if isinstance(each, LeanBlock):
+                    each.memory = memory  # type: ignore[assignment]
+            out = model(input_ids=ids, use_cache=False).logits
+            found.append(_kept(out))
+            del out
+        per_layer = (found[0] - found[1]) / 2 / ids.numel()
+    # fp32 where `kept_bytes` counts 16 bits; attention's own sums come on top (a number a head).
+    assert per_layer == pytest.approx(2 * (block.kept_bytes() - block.input_bytes()), rel=0.1)
+
+
+def _kept(out: torch.Tensor) -> int:
+    """Return the bytes of the tensors that the graph of decoder layers holds."""
+    seen: dict[int, int] = {}
+    todo, nodes = [out.grad_fn], set()
+    while todo:
+        node = todo.pop()
+        if node is None or node in nodes:
+            continue
+        nodes.add(node)
+        todo += [n for n, _ in node.next_functions]
+        state = getattr(node, "state", None)
+        tensors = [] if state is None else list(vars(state).values())
+        for t in filter(torch.is_tensor, tensors):
+            seen[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+    return sum(seen.values())
+
+
+def test_a_budget_without_a_card_is_said(tmp_path: Path) -> None:
+    config = RunConfig(model="m", data={"path": "d"}, train={"memory": "8GiB"})
+    said: list[str] = []
+    with budget.spent(models.make("llama"), config, torch.device("cpu"), said.append) as spend:
+        assert spend is None
+    assert said == ["train.memory bounds a CUDA card's memory; here it changes nothing"]
+    assert not budget.wants_embedding_on_host(models.make("llama"), config, torch.device("cpu"))
+
+
+class Card:
+    """A pretended card of 80 GiB whose use follows the layers' modes."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, fixed: float) -> None:
+        self.fixed, self.layers, self.fraction = fixed, list[LeanBlock](), 1.0
+        self.wasted = 0.0
+        for name, answer in {
+            "mem_get_info": lambda device: (79 * GIB, 80 * GIB),
+            "memory_reserved": lambda device: int(self.used() + self.wasted),
+            "max_memory_reserved": lambda device: int(self.used()),
+            "max_memory_allocated": lambda device: int(self.used()),
+            "reset_peak_memory_stats": lambda device: None,
+            "empty_cache": lambda: None,
+            "set_per_process_memory_fraction": self.bound,
+        }.items():
+            monkeypatch.setattr(torch.cuda, name, answer)
+
+    def bound(self, fraction: float, device: torch.device) -> None:
+        self.fraction = fraction
+
+    def used(self) -> float:
+        kept = {"keep": 1.0, "recompute": 0.1, "offload": 0.0}
+        return (self.fixed + sum(kept[layer.memory] for layer in self.layers)) * GIB
+
+
+@pytest.fixture
+def swapped() -> Iterator[nn.Module]:
+    model = get_peft_model(models.make("llama", torch.float32), LoraConfig(r=4, target_modules="all-linear")).train()
+    with fuse.forced("plain"), lean(model):
+        yield model
+
+
+def spend(model: nn.Module, card: Card, limit: float, monkeypatch: pytest.MonkeyPatch) -> tuple[Budget, list[str]]:
+    said: list[str] = []
+    spent = Budget(model, int(limit * GIB), tokens=1, device=torch.device("cuda"), say=said.append)
+    monkeypatch.setattr(spent, "_kept", lambda: GIB)
+    monkeypatch.setattr(spent, "_input", lambda: GIB // 10)
+    card.layers = spent.layers
+    return spent, said
+
+
+@pytest.mark.parametrize(
+    ("limit", "modes"),
+    [(9.0, ["keep", "keep"]), (7.7, ["recompute", "keep"]), (6.7, ["offload", "recompute"]), (6.5, ["offload"] * 2)],
+)
+def test_the_plan_is_made_after_two_steps(
+    limit: float, modes: list[str], swapped: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    card = Card(monkeypatch, fixed=5.8)
+    spent, said = spend(swapped, card, limit, monkeypatch)
+    assert card.fraction == pytest.approx((limit - 0.6) / 80)
+    forgotten: list[int] = []
+    for step in range(WARM + SETTLED):
+        spent.stepped(lambda: forgotten.append(spent.steps))
+        assert [layer.memory for layer in spent.layers] == (["offload"] * 2 if step < WARM - 1 else modes)
+    assert forgotten == [WARM]
+    assert len(said) == 1
+    assert f"for a budget of {limit:.2f} GiB" in said[0]
+
+
+def test_a_plan_that_took_more_is_corrected(swapped: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    card = Card(monkeypatch, fixed=5.8)
+    spent, said = spend(swapped, card, 9.0, monkeypatch)
+    for _ in range(WARM):
+        spent.stepped(lambda: None)
+    card.wasted = 0.8 * GIB
+    for _ in range(SETTLED):
+        spent.stepped(lambda: None)
+    assert [layer.memory for layer in spent.layers] == ["recompute", "keep"]
+    assert len(said) == 2
+
+
+def test_a_step_out_of_memory_runs_again_with_less_and_says_when_nothing_is_left(
+    swapped: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    card = Card(monkeypatch, fixed=5.8)
+    spent, said = spend(swapped, card, 9.0, monkeypatch)
+    for _ in range(WARM):
+        spent.stepped(lambda: None)
+    tried: list[int] = []
+
+    def run(*args: Any, **kwargs: Any) -> torch.Tensor:
+        tried.append(spent.plan.keep)
+        if len(tried) < 3 or len(tried) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return torch.zeros(())
+
+    backward = spent.guarded(run, lambda: None)
+    numbers = Precision(name="fp32", device=torch.device("cpu"))
+    arguments: Any = (swapped, [], None, numbers.scaler())
+    assert backward(*arguments, precision=numbers) == 0
+    assert tried == [2, 1, 0]
+    assert "a step ran out of memory and is run again with less kept" in said
+    with pytest.raises(RunError, match="the budget cannot be met"):
+        backward(*arguments, precision=numbers)

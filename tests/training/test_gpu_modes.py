@@ -1,0 +1,179 @@
+"""Gradients on a CUDA card in every mode, against fp32 without any of decal's shortcuts. Run with -m gpu."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from decal.data.batch import Batch
+from decal.layers.coded import CodedBase, CodedLinear
+from decal.layers.dense import DenseBase
+from decal.model import quantized
+from decal.model.inject import place
+from decal.model.lean import lean
+from decal.model.wrapper import PeftModel
+from decal.ops import fuse
+from decal.ops.block import Memory
+from decal.spec import LoraConfig, QuantConfig, TrainConfig
+from decal.training import graphs, optim, precision
+from decal.training.losses import SFT
+from decal.training.step import take_step
+
+pytestmark = pytest.mark.gpu
+
+MODES: tuple[Memory, ...] = ("keep", "recompute", "offload")
+
+
+def batch(rows: int = 2, length: int = 1024) -> Batch:
+    ids = torch.randint(0, 2048, (rows, length), generator=torch.Generator().manual_seed(1))
+    return Batch(input_ids=ids, labels=ids, position_ids=None, samples=rows)
+
+
+def made(quantize: str | None) -> nn.Module:
+    """Four layers in bf16 on the card, with an adapter whose factors are both random."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=512,
+        intermediate_size=1408,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        vocab_size=2048,
+        tie_word_embeddings=False,
+        initializer_range=0.05,
+    )
+    model = LlamaForCausalLM(config).to("cuda", torch.bfloat16)
+    if quantize is not None:
+        settings = QuantConfig(format=quantize)
+        head = model.get_output_embeddings()
+        for name, module in list(model.named_modules()):
+            if isinstance(module, nn.Linear) and module is not head:
+                layer = quantized.room_for(module, None, settings)
+                place(model, name, quantized.fill(layer, *layer.encode(module.weight.detach(), name), name))
+    lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", init_lora_weights=False)
+    adapted = PeftModel(model, lora, generator=torch.Generator().manual_seed(2)).train()
+    with torch.no_grad():
+        for p in adapted.parameters():
+            if p.requires_grad:
+                p.mul_(0.1)
+    return adapted
+
+
+def widened(model: nn.Module) -> nn.Module:
+    """Everything in fp32, what is coded decoded first."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, CodedLinear):
+            dense = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
+            dense.weight = nn.Parameter(CodedBase(module).dense(torch.float32), requires_grad=False)
+            place(model, name, dense)
+            parent = model.get_submodule(name.rpartition(".")[0])
+            parent.base = DenseBase(dense)  # type: ignore[assignment]  # an adapted layer's
+    return model.float()
+
+
+def gradients(model: nn.Module, *, autocast: bool) -> dict[str, Tensor]:
+    model.zero_grad()
+    with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+        loss, count = SFT(chunked=True)(model, batch())
+    (loss / count).backward()
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def distance(got: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    """The relative error of the whole gradient."""
+    assert got.keys() == expected.keys()
+    error = sum(float((got[n].double() - e.double()).square().sum()) for n, e in expected.items())
+    return (error / sum(float(e.double().square().sum()) for e in expected.values())) ** 0.5
+
+
+@contextmanager
+def mode(model: nn.Module, memory: Memory) -> Iterator[None]:
+    if memory != "keep":
+        model.activation_checkpointing_enable(offload=memory == "offload")
+    with lean(model):
+        yield
+
+
+@contextmanager
+def exact() -> Iterator[None]:
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        with fuse.forced("off"):
+            yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def errors(quantize: str | None) -> dict[str, float]:
+    """The relative error of the general path in bf16 and of each mode."""
+    model = made(quantize)
+    with fuse.forced("off"):
+        found = {"general": gradients(model, autocast=True)}
+    for memory in MODES:
+        model = made(quantize)
+        with mode(model, memory):
+            found[memory] = gradients(model, autocast=True)
+    with fuse.forced("plain"):
+        model = made(quantize)
+        with mode(model, "keep"):
+            found["plain"] = gradients(model, autocast=True)
+    with exact():
+        expected = gradients(widened(made(quantize)), autocast=False)
+        for memory in MODES:
+            model = made(quantize).float()
+            with fuse.forced("compiled"), mode(model, memory):
+                found[f"{memory} fp32"] = gradients(model, autocast=False)
+    return {name: distance(got, expected) for name, got in found.items()}
+
+
+def twenty(
+    quantize: str | None, memory: Memory, before: int, length: int = 256
+) -> tuple[list[float], list[Tensor], int]:
+    """The losses of 20 steps, the adapter after them, and how many shapes were recorded."""
+    model = made(quantize)
+    numbers = precision.resolve("bf16", torch.device("cuda"))
+    optimizer = optim.build(model, TrainConfig(lr=1e-3))
+    said: list[str] = []
+    ran = graphs.Graphs(numbers, said.append, before=before)
+    loss = SFT(chunked=True)
+    losses = []
+    with mode(model, memory), sdpa_kernel(SDPBackend.MATH):  # the quick ones sum in no fixed order
+        for _ in range(20):
+            result = take_step(
+                model,
+                [batch(2, length)],
+                loss,
+                optimizer,
+                numbers.scaler(),
+                precision=numbers,
+                limit=1.0,
+                run=ran.backward,
+            )
+            losses.append(result.loss)
+    assert said == []
+    return losses, [p.detach().clone() for p in model.parameters() if p.requires_grad], len(ran._recorded)
+
+
+@pytest.mark.parametrize("memory", MODES)
+def test_replayed_steps_are_the_launched_ones(memory: Memory) -> None:
+    twenty("nf4", memory, 10**6)  # regions are compiled for one shape, then for any: from here on they stay the same
+    launched, expected, none = twenty("nf4", memory, 10**6)
+    replayed, got, one = twenty("nf4", memory, 2)
+    assert (none, one) == (0, 1)
+    assert replayed == launched
+    assert all(torch.equal(g, e) for g, e in zip(got, expected, strict=True))
+    assert launched[-1] < launched[0]
+
+
+@pytest.mark.parametrize("quantize", [None, "nf4"])
+def test_every_mode_gives_the_gradient(quantize: str | None) -> None:
+    found = errors(quantize)
+    assert max(found[m] for m in MODES) < 1.1 * found["general"], found  # no worse than layer by layer
+    assert max(found[f"{m} fp32"] for m in MODES) < 1e-4, found  # the same sums in another order
