@@ -89,11 +89,12 @@ class TrainConfig(Settings):
     )
     memory: str | None = Field(
         default=None,
-        description="A card's memory to spend, never to exceed, such as `8GiB`: decides what layers keep.",
+        description="A card's memory to spend, such as `8GiB`: decides what layers keep; not yet tried on a card.",
     )
     cuda_graphs: bool = Field(
-        default=True,
-        description="On a card, steps of a shape that came twice are recorded and replayed: equal results, less time.",
+        default=False,
+        description="On a card, steps of a shape that came twice are recorded and replayed: less time for small steps "
+        "([performance.md](performance.md)).",
     )
     device: str = Field(default="auto", description="`cpu`, `cuda`, `cuda:1`; `auto`: a GPU if there is one.")
     seed: int = Field(default=0, description="Of the order of rows, held-out rows, the adapter's start and dropout.")
