@@ -2,7 +2,7 @@
 
 Anonymous resident memory above an interpreter with the same imports: the peak while loading, and what stays.
 
-    python benchmarks/quantized_load.py --folder /tmp/one-billion
+    python benchmarks/quantized_load.py --folder one-billion
 """
 
 from __future__ import annotations

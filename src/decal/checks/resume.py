@@ -80,9 +80,9 @@ def compare(resumed: RunDir, whole: RunDir, *, device: str) -> Check:
             measure = f"{len(odd)} of {len(apart)} {what}s differ, such as {odd[0]}, by up to {far:.1e} of the largest"
             return failed(NAME, measure, fix=_fix(what))
         worst, count = max(worst, *apart.values()), count + len(apart)
-    before, after = _position(expected), _position(mine)
-    if before != after:
-        return failed(NAME, f"the data position is {after}, not {before}", fix=_fix("data position"))
+    for part, before in _rest(expected).items():
+        if _rest(mine)[part] != before:
+            return failed(NAME, f"the {part} of the two runs differ", fix=_fix(part))
     how = "equal bits" if worst == 0 else f"within {worst:.1e} of the largest (allowed on a card: {tolerance:g})"
     return passed(NAME, f"killed, resumed, compared after {mine.name.replace('-', ' ')}: {count} tensors, {how}")
 
@@ -96,8 +96,11 @@ def difference(a: Tensor, b: Tensor) -> float:
     return float((a.double() - b.double()).abs().max() / b.double().abs().max().clamp(min=1e-30))
 
 
-def _position(checkpoint: Path) -> dict[str, Any]:
-    return dict(json.loads((checkpoint / state.STATE).read_text(encoding="utf-8"))["data"])
+def _rest(checkpoint: Path) -> dict[str, Any]:
+    """Return what a checkpoint holds beside tensors: progress, data position, loss scale, generators; without times."""
+    held = json.loads((checkpoint / state.STATE).read_text(encoding="utf-8"))
+    held["progress"] = {name: value for name, value in held["progress"].items() if name != "seconds"}
+    return dict(held)
 
 
 def _fix(what: str) -> str:

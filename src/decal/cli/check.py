@@ -91,12 +91,17 @@ def preview(rows: list[Row]) -> None:
             line = Text.assemble(("| ", "blue"))  # a style given to Text itself would colour all that follows
             for place, piece in enumerate(sample, start=1):
                 own = piece.text.rstrip("\n") if place == len(sample) else piece.text
-                text = own.replace("\r", "").replace("\n", "\u21b5\n  ")
+                text = visible(own).replace("\n", "\u21b5\n  ")
                 line.append_text(marked(piece.kind, text, colour=colour))
             console.out().print(line, soft_wrap=True)
         if row.packed > len(row.samples):
             console.say(f"| ... {row.packed - len(row.samples):,} more samples", style="blue")
     console.say("")
+
+
+def visible(text: str) -> str:
+    """Return text of unknown origin without what would move a cursor or colour a terminal: controls become `?`."""
+    return "".join(letter if letter.isprintable() or letter in "\n\t" else "?" for letter in text.replace("\r", ""))
 
 
 def marked(kind: str, text: str, *, colour: bool) -> Text:

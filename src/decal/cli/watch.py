@@ -39,6 +39,7 @@ class Watch:
         self._checks: list[dict[str, Any]] = []
         self._last_line = 0.0
         self._stage = ""
+        self._first: float | None = None  # the held-out loss before training
 
     def __enter__(self) -> Watch:
         if self._status is not None:
@@ -115,7 +116,9 @@ class Watch:
             self._print(Text(f"step {event['step']}/{event['steps']}  {shown}"))
 
     def _evaluation(self, event: dict[str, Any]) -> None:
-        best = ", the best so far" if event["best"] else ""
+        self._first = event["loss"] if event["step"] == 0 else self._first
+        better = event["best"] and (self._first is None or event["loss"] < self._first)
+        best = ", the best so far" if better else ""  # of the trained steps the best may be worse than the start
         text = (
             f"held-out loss {event['loss']:.4f} (perplexity {event['perplexity']:,.2f}) at step {event['step']}{best}"
         )

@@ -63,6 +63,7 @@ def verify(adapter: str, *, base: str | None = None, device: str | None = None) 
     """
     folder = compare.result_of(adapter, rundir.ADAPTER)
     path = locate.folder(folder, kind="adapter", patterns=saved.patterns(None))
+    config, tensors = peft_files.read(path)
     seal = sealed.read(path)
     if seal == UNSEALED:
         raise AdapterError(
@@ -71,7 +72,6 @@ def verify(adapter: str, *, base: str | None = None, device: str | None = None) 
             fix="decal seals what it saves: load it on its right base, and save_pretrained it.",
         )
     name = compare.base_of([folder]) if base is None else compare.result_of(base, rundir.MODEL)
-    config, tensors = peft_files.read(path)
     plain: Any = load_model(
         name,
         device=device,
