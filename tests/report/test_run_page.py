@@ -179,7 +179,7 @@ def test_a_folder_without_a_run_and_a_damaged_manifest_are_errors(done: Path, tm
 
 def test_a_page_that_cannot_be_written_says_where_else(done: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(RunError, match=r"the report could not be written .*Choose another --out\."):
+    with pytest.raises(RunError, match=r"page\.html could not be written .*choose a place that you may write to"):
         pages.write(RunDir(done), tmp_path / "file" / "page.html")
 
 
