@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from decal.errors import RunError
 from decal.recipes.finetune import finetune
 from decal.rundir import RunDir
 from decal.spec import RunConfig
-from decal.training import losses, state
+from decal.training import losses
 from tests.training.tiny_run import config, make_files
 
 
@@ -150,19 +149,3 @@ def test_a_resumed_run_repeats_no_advice(folder: Path) -> None:
         finetune(settings, on_event=crash)
     finetune(settings, resume=True)
     assert list(said(folder / "again")) == ["scale"]
-
-
-def test_checkpoints_from_before_the_watch_are_read_and_damaged_memories_refused(folder: Path) -> None:
-    done = finetune(config(folder, output="old", steps=4))
-    file = RunDir(done.run).checkpoints()[-1] / state.STATE
-    whole = json.loads(file.read_text())
-    for field in ("watch", "stopped", "kept"):
-        del whole["progress"][field]
-    file.write_text(json.dumps(whole))
-    state.check(file.parent)
-    assert finetune(config(folder, output="old", steps=4), resume=True).steps == 4
-    for damage in ({"losses": ["a"]}, {"unknown": 1}, {"evaluations": 3}):
-        whole["progress"]["watch"] = damage
-        file.write_text(json.dumps(whole))
-        with pytest.raises(RunError, match=r"state\.json of the checkpoint step-4 is damaged"):
-            state.check(file.parent)

@@ -126,7 +126,7 @@ def _turn(message: Message, where: str, number: int) -> Turn:
     if role is None:
         known = ", ".join(ROLES)
         raise DataError(
-            f"row {number}: {where} has an unknown role", got=repr(one_line(said, 60)), fix=f"Known: {known}."
+            f"row {number}: {where} has an unknown role", got=one_line(repr(said), 60), fix=f"Known: {known}."
         )
     content = message["content"] if "content" in message else message.get("value")
     calls = _calls(message, where, number)
