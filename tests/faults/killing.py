@@ -10,6 +10,7 @@ rename, a deletion, a new folder, the start of a tree's deletion), so that every
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import random
@@ -17,7 +18,7 @@ import signal
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -88,7 +89,7 @@ def _in_child(config: RunConfig, kill: Kill, note: Path) -> int:
     return 0
 
 
-def one(folder: Path, name: str, kills: Iterator[Kill], whole: Path) -> Outcome:
+def one(folder: Path, name: str, kills: Sequence[Kill], whole: Path) -> Outcome:
     """Start a run, kill each sitting as `kills` says, let the last one go to its end, and compare."""
     config, note = settings(folder, name), folder / f"{name}.note"
     where: list[str] = []
@@ -120,7 +121,7 @@ def same(run: Path, whole: Path) -> bool:
 
 
 def trial(folder: Path, cases: int, seed: int) -> list[Outcome]:
-    """Return the outcome of `cases` runs, each killed up to three times; the seed decides where."""
+    """Return the outcome of `cases` runs, each killed one to three times; the seed decides where."""
     tiny_run.make_files(folder)
     began = time.monotonic()
     whole = settings(folder, "whole")
@@ -130,12 +131,17 @@ def trial(folder: Path, cases: int, seed: int) -> list[Outcome]:
     outcomes = []
     for case in range(cases):
         share = (case + draw.random()) / cases  # the first kills of all cases are spread over the whole run
-        first = Kill(operation=1 + int(share * number)) if case % 2 == 0 else Kill(seconds=share * seconds)
         more = [
             Kill(seconds=draw.uniform(0, seconds)) if case % 2 == 0 else Kill(operation=draw.randint(1, number))
             for _ in range(case % 3)
         ]
-        outcomes.append(one(folder, f"run-{case}", iter([first, *more]), Path(whole.output)))
+        for attempt in itertools.count():
+            first = Kill(operation=1 + int(share * number)) if case % 2 == 0 else Kill(seconds=share * seconds)
+            outcome = one(folder, f"run-{case}-{attempt}", [first, *more], Path(whole.output))
+            if outcome.kills:
+                break
+            share /= 2  # the clock struck after the run's end: another run, and sooner
+        outcomes.append(outcome)
         print(json.dumps(asdict(outcomes[-1])), flush=True)
     return outcomes
 

@@ -35,7 +35,7 @@ def test_a_killed_run_resumes_to_the_same_bits(tmp_path: Path, cases: int) -> No
     *runs, sums = [json.loads(line) for line in lines]
     assert [run for run in runs if not (run["resumed"] and run["same"] and not run["litter"])] == []
     assert sums["runs"] == cases
-    assert sums["kills"] >= cases * 0.8  # by the clock, a few strike after the end
+    assert all(run["kills"] for run in runs)
 
 
 def test_every_moment_between_two_file_operations_leaves_whole_checkpoints(tmp_path: Path) -> None:
