@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from decal.checks import kernels
+from decal.checks import kernels, resume
 from decal.checks.kernels import Codec
-from decal.checks.result import Check, failed
+from decal.checks.result import Check, failed, passed
 from decal.cli import check as command
+from decal.recipes import check as recipe
 from tests.cli.tiny import Decal, lines_of
 
 
@@ -68,6 +69,20 @@ def test_what_cannot_be_checked_at_all_is_exit_code_2(decal: Decal, model: Path)
     said = decal("check", "-m", model, "-d", "nowhere.jsonl")
     assert said.code == 2
     assert lines_of(said.err)
+
+
+def test_the_proof_of_resume_says_what_it_changed(
+    decal: Decal, model: Path, rows: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recipe, "finetune", lambda *_, **__: None)  # trained for real in tests/checks
+    monkeypatch.setattr(recipe, "kill", lambda *_, **__: None)
+    monkeypatch.setattr(resume, "compare", lambda *_, **__: passed(resume.NAME, "equal bits"))
+    said = decal.fine(*words(model, rows), "--resume")
+    (told,) = [line for line in said.err.splitlines() if line.startswith("short form of the run, ")]
+    assert "train.steps=6, train.save_every=3 (few steps, a checkpoint in the middle)" in told
+    assert said.out.splitlines()[0] == "passed  resume        equal bits"
+    held = json.loads(decal.fine(*words(model, rows), "--resume", "--json").out)
+    assert held["changed"][0]["settings"] == "train.steps=6, train.save_every=3"
 
 
 def test_train_says_in_one_line_that_the_checks_passed(decal: Decal, model: Path, rows: Path, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     from decal.checks.preview import Row
     from decal.checks.result import Check
+    from decal.checks.resume import Short
 
 EXAMPLES = (
     "Examples:\n\n"
@@ -49,9 +50,16 @@ def check(
     config = overrides.read(words or [], {"model": model, "data.path": data, "train.device": device}, resume=False)
     with console.working("loading torch and transformers"):
         from decal.recipes import check as recipe
+    changed: list[tuple[str, str]] = []
     if resume:
+
+        def on_short(short: Short) -> None:
+            changed.extend(short.changed)
+            if not as_json:
+                console.note(f"short form of the run, in a temporary folder: {short.says()}")
+
         with console.working(f"training {steps} steps, killing it, going on"):
-            found: list[Check] = [recipe.check_resume(config, steps=steps)]
+            found: list[Check] = [recipe.check_resume(config, steps=steps, on_short=on_short)]
         shown: list[Row] = []
         if not as_json:
             answer(found[0])
@@ -67,7 +75,8 @@ def check(
         found, shown = list(done.checks), list(done.rows)
     bad = [one for one in found if one.status == "failed"]
     if as_json:
-        console.dump({"rows": [row_fields(row) for row in shown], "checks": [one.fields() for one in found]})
+        told = {"rows": [row_fields(row) for row in shown], "checks": [one.fields() for one in found]}
+        console.dump({**told, "changed": [{"settings": what, "why": why} for what, why in changed]} if resume else told)
     else:
         console.say(summary(found), style="bold red" if bad else "bold green")
     if bad:

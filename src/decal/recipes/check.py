@@ -14,8 +14,8 @@ from pathlib import Path
 from decal.checks import preflight, preview, resume
 from decal.checks.preview import Row
 from decal.checks.result import Check
+from decal.checks.resume import Short
 from decal.errors import RunError
-from decal.model.load import load_tokenizer
 from decal.recipes.finetune import finetune
 from decal.rundir import RunDir
 from decal.spec import RunConfig
@@ -53,17 +53,21 @@ def _told(checks: Iterator[Check], on_check: Callable[[Check], object] | None) -
         yield answer
 
 
-def check_resume(config: RunConfig, *, steps: int = 6) -> Check:
-    """Train a short form of the run twice, once killed and resumed, and compare what came of them."""
+def check_resume(config: RunConfig, *, steps: int = 6, on_short: Callable[[Short], object] | None = None) -> Check:
+    """Train a short form of the run twice, once killed and resumed, and compare what came of them.
+
+    Raises DecalError for what would not run as it is; `on_short` is told what was changed to make it short.
+    """
     began = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="decal-check-") as folder:
         whole, cut = Path(folder) / "whole", Path(folder) / "killed"
-        tokenizer = load_tokenizer(config.model, revision=config.revision)
-        short = resume.shortened(config, whole, steps=steps, tokenizer=tokenizer)
-        finetune(short)
-        short = short.model_copy(update={"output": str(cut)})
-        kill(short, Path(folder) / "run.yaml", step=steps // 2 + 1)
-        finetune(short, resume=True)
+        short = resume.shortened(prepare(RunConfig(**config.model_dump())), whole, steps=steps)
+        if on_short is not None:
+            on_short(short)
+        finetune(short.config)
+        again = short.config.model_copy(update={"output": str(cut)})
+        kill(again, Path(folder) / "run.yaml", step=steps // 2 + 1)
+        finetune(again, resume=True)
         device = precision.pick_device(config.train.device).type
         found = resume.compare(RunDir(cut), RunDir(whole), device=device)
     return found.after(time.perf_counter() - began)
