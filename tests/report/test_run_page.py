@@ -158,7 +158,24 @@ def test_each_run_writes_its_page_at_its_end(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         finetune(config(folder, output="broken"), on_event=stop)
     words = Page((folder / "broken" / "report.html").read_text()).said("")
-    assert "Not finished: the run got to step 2 of 10. decal train" in words
+    assert "Not finished: the run got to step 2 of 10. decal train run.yaml --resume begins it again, for no " in words
+
+    def later(event: dict[str, Any]) -> None:
+        if event["kind"] == "step" and event["step"] == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        finetune(config(folder, output="broken"), resume=True, on_event=later)
+    words = Page((folder / "broken" / "report.html").read_text()).said("")
+    assert "Not finished: the run got to step 5 of 10. decal train run.yaml --resume goes on from step-3." in words
+
+
+def test_what_stopped_an_earlier_sitting_is_not_how_the_run_ended() -> None:
+    stop = {"kind": "stop", "step": 2, "kept": 1, "text": "the loss rose"}
+    step = {"kind": "step", "step": 3, "steps": 3, "time": 0}
+    assert "Stopped at step 2:</b> the loss rose" in pages.ended({}, [step, stop], ["step-1"])
+    done = pages.ended({"outcome": {}}, [stop, {"kind": "resume"}, step], ["step-1"])
+    assert done == "<p>Finished: step 3 of 3.</p>"
 
 
 def test_a_run_that_wrote_nothing_but_its_settings_has_a_page(done: Path, tmp_path: Path) -> None:

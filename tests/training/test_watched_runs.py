@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import html
 import itertools
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +77,8 @@ def test_auto_stop_ends_a_diverged_run_with_its_best_weights(folder: Path, learn
     (stop,) = [e for e in run.events() if e["kind"] == "stop"]
     assert (stop["step"], stop["kept"]) == (done.steps, done.step)
     assert stop["text"] == run.manifest()["outcome"]["stopped"] == done.stopped
-    assert str(done.stopped).endswith(f"; the weights of step {done.step} are kept")
+    assert str(done.stopped).endswith(f"; the weights of step {done.step}, the best evaluation, are kept")
+    assert head(done.run) == f"Stopped at step {done.steps}: {done.stopped}"
     assert_kept(done.run, done.step)
 
 
@@ -92,17 +95,42 @@ def test_auto_stop_without_an_evaluation_keeps_the_last_checkpoint_from_before(f
     assert done.stopped is not None
     bad = int(done.stopped.split("since step ")[1].split(";")[0])
     assert done.step < bad - 1
+    assert done.stopped.endswith(f"; the weights of step {done.step}, the last checkpoint from before, are kept")
+    assert head(done.run) == f"Stopped at step {done.steps}: {done.stopped}"
     assert losses_[done.step + 1] < losses_[bad]  # the loss of these weights is that of the next step
     assert_kept(done.run, done.step)
 
 
-def test_auto_stop_with_nothing_to_keep_is_an_error(folder: Path, learnt: Path) -> None:
-    settings = on(learnt, folder, "nothing", auto_stop=True, lr=1.0, steps=40, eval_every=5, save_every=40)
-    what = r"training was stopped at step 5: the held-out loss is .*, and no checkpoint is from before that"
-    with pytest.raises(RunError, match=what) as raised:
+@pytest.mark.parametrize(
+    ("name", "saves", "left"),
+    [
+        ("nothing", 40, "no checkpoint had been written"),
+        ("late", 4, "step-4 is from after it went wrong"),
+    ],
+)
+def test_auto_stop_with_nothing_to_keep_is_an_error_that_the_report_tells(
+    folder: Path, learnt: Path, name: str, saves: int, left: str
+) -> None:
+    settings = on(learnt, folder, name, auto_stop=True, lr=1.0, steps=40, eval_every=5, save_every=saves)
+    told = rf"the held-out loss is .*, above the .* of step 0; nothing is kept: {left}"
+    with pytest.raises(RunError, match=rf"training was stopped at step 5: {told}") as raised:
         finetune(settings)
-    assert raised.value.fix.startswith("Lower train.lr, delete ")
-    assert (folder / "nothing" / "report.html").is_file()
+    run = RunDir(folder / name)
+    fix = f"Lower train.lr, delete {run.path} and start again: --resume would go wrong again."
+    assert raised.value.fix == f"{fix} train.save_every=N keeps earlier checkpoints."
+    *_, stop, error = run.events()
+    assert (stop["kind"], stop["step"], stop["kept"]) == ("stop", 5, None)
+    assert (error["kind"], error["fix"]) == ("error", raised.value.fix)
+    assert raised.value.what == f"training was stopped at step 5: {stop['text']}"
+    assert head(run.path) == f"Stopped at step 5: {stop['text']}. The run has no result. {raised.value.fix}"
+    assert not run.adapter.exists()
+
+
+def head(run: Path) -> str:
+    """Return how the run ended, as its page says it."""
+    found = re.search(r'<p class="loud"><b>(.*?)</b> (.*?)</p>', (run / "report.html").read_text(encoding="utf-8"))
+    assert found is not None
+    return html.unescape(f"{found[1]} {found[2]}")
 
 
 @pytest.mark.parametrize("auto_stop", [True, False])
@@ -128,12 +156,15 @@ def test_a_loss_that_is_not_finite_ends_in_the_checkpoint_if_auto_stop_is_set(
         folder, output=f"nan-{auto_stop}", auto_stop=auto_stop, data={"eval_rows": 0}, eval_every=None, save_every=3
     )
     if not auto_stop:
-        with pytest.raises(RunError, match="loss is not finite"):
+        with pytest.raises(RunError, match="loss is not finite") as raised:
             finetune(settings)
+        said_ = f"the run got to step 5 of 10. {raised.value.what} (got: nan). {raised.value.fix}"
+        assert head(folder / "nan-False") == f"Not finished: {said_}"
         return
     done = finetune(settings)
     assert (done.steps, done.step) == (5, 3)
-    assert done.stopped == "the loss of step 6 was not finite; the weights of step 3 are kept"
+    kept = "the weights of step 3, the last checkpoint from before, are kept"
+    assert done.stopped == f"the loss of step 6 was not finite; {kept}"
     assert_kept(done.run, 3)
 
 

@@ -131,7 +131,8 @@ class Watch:
         self._loud("advice", event["text"])
 
     def _stop(self, event: dict[str, Any]) -> None:
-        self._loud(f"stopped at step {event['step']}", event["text"])
+        if event["kept"] is not None:  # else an error follows, which says the same and what to do
+            self._loud(f"stopped at step {event['step']}", event["text"])
 
     def _loud(self, word: str, text: str) -> None:
         """What must not be overlooked, in a terminal broken between words."""

@@ -65,7 +65,7 @@ def page(run: RunDir) -> str:
     return html.page(
         f"{name}: decal run",
         [
-            head(name, manifest, events),
+            head(name, manifest, events, [path.name for path in run.checkpoints()]),
             summary(manifest, events),
             html.section("Advice", *[html.loud(f"step {e['step']}:", e["text"]) for e in _of(events, "advice")]),
             html.section("What was trained", html.facts(what(manifest)), html.facts(settings(manifest))),
@@ -82,21 +82,30 @@ def page(run: RunDir) -> str:
     )
 
 
-def head(name: str, manifest: Mapping[str, Any], events: list[Event]) -> str:
+def head(name: str, manifest: Mapping[str, Any], events: list[Event], checkpoints: list[str]) -> str:
     """Return the title, and how the run ended."""
+    began = time.strftime("%Y-%m-%d %H:%M", time.gmtime(events[0]["time"])) + " UTC" if events else ""
+    begun = html.text(f"begun {began}", "dim") if began else ""
+    return f"<h1>{escape(name)}</h1>{begun}{ended(manifest, events, checkpoints)}"
+
+
+def ended(manifest: Mapping[str, Any], events: list[Event], checkpoints: list[str]) -> str:
+    """Return how the last sitting ended, and what can be done now."""
     steps = _of(events, "step")
     at = f"step {steps[-1]['step']:,} of {steps[-1]['steps']:,}" if steps else "its first step"
-    stops = _of(events, "stop")
-    began = time.strftime("%Y-%m-%d %H:%M", time.gmtime(events[0]["time"])) + " UTC" if events else ""
+    sitting = events[max((i for i, e in enumerate(events) if e.get("kind") == "resume"), default=0) :]
+    stops, errors = _of(sitting, "stop"), _of(sitting, "error")
     if stops:
-        ended = html.loud(f"Stopped at step {stops[-1]['step']}:", stops[-1]["text"])
-    elif "outcome" in manifest:
-        ended = html.text(f"Finished: {at}.")
-    else:
-        ended = html.loud(
-            "Not finished:", f"the run got to {at}. decal train {RUN} --resume goes on from its checkpoint."
-        )
-    return f"<h1>{escape(name)}</h1>{html.text(f'begun {began}', 'dim') if began else ''}{ended}"
+        text = stops[-1]["text"]
+        if stops[-1].get("kept") is None:  # only then an error follows, whose fix is what to do
+            text = f"{text}. The run has no result. {errors[-1]['fix'] if errors else ''}"
+        return html.loud(f"Stopped at step {stops[-1]['step']}:", text)
+    if "outcome" in manifest:
+        return html.text(f"Finished: {at}.")
+    if errors:
+        return html.loud("Not finished:", f"the run got to {at}. {errors[-1]['text']}. {errors[-1]['fix']}")
+    again = f"goes on from {checkpoints[-1]}" if checkpoints else "begins it again, for no checkpoint was written"
+    return html.loud("Not finished:", f"the run got to {at}. decal train {RUN} --resume {again}.")
 
 
 def summary(manifest: Mapping[str, Any], events: list[Event]) -> str:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
-from decal.errors import ConfigError
+from decal.errors import ConfigError, DecalError, RunError
 from decal.rundir import RunDir, writing
 from decal.spec import RunConfig
 
@@ -125,12 +125,21 @@ class Report:
 
 @contextmanager
 def reporting(run: RunDir, config: RunConfig, on_event: Callable[[Event], None] | None = None) -> Iterator[Report]:
-    """Yield a Report over the services that the settings name; they are closed however the block ends."""
+    """Yield a Report over the services that the settings name; they are closed however the block ends.
+
+    What ends it is an event, too, so that whoever reads the run later knows why it has no result.
+    """
     writers: list[Writer] = []
     try:
         for name in config.train.log_to:
             writers.append(WRITERS[name](run.path, config))
         yield Report(run, writers, on_event)
+    except DecalError as error:
+        with suppress(RunError):  # on a full disk the error itself is all that can be said
+            run.event(
+                "error", text=error.what if error.got is None else f"{error.what} (got: {error.got})", fix=error.fix
+            )
+        raise
     finally:
         for writer in writers:
             writer.close()

@@ -109,7 +109,7 @@ def train(
             share = optim.SCHEDULES[config.schedule](done.step, todo.warmup, todo.steps)
             optim.set_lr(optimizer, share)
             inspect = partial(_say_dead, model, emit) if done.step == first else None
-            with _diverging(run, watch, done, config, precision):
+            with _diverging(run, watch, done, config, precision, emit):
                 result = step(model, group, loss, optimizer, scaler, inspect=inspect)
             if done.stopped:
                 break
@@ -131,10 +131,7 @@ def train(
             clock = time.perf_counter()
     if stop.asked and not done.stopped and (done.step < todo.steps or _owed(done, todo)):
         raise Interrupted(step=done.step, run=run.path)
-    if done.stopped:
-        emit("stop", step=done.step, kept=done.kept, text=done.stopped)
-    elif _enough(done, config):
-        emit("note", step=done.step, text=f"stopped early: {config.early_stopping} evaluations without a better loss")
+    _say_end(run, done, config, emit)
     return done
 
 
@@ -191,7 +188,9 @@ def _save(
 
 
 @contextmanager
-def _diverging(run: RunDir, watch: Watch, done: Progress, config: TrainConfig, precision: Precision) -> Iterator[None]:
+def _diverging(
+    run: RunDir, watch: Watch, done: Progress, config: TrainConfig, precision: Precision, emit: Emit
+) -> Iterator[None]:
     """Let the error of a step that is not finite say what fits this run: what to change, and what is left of it.
 
     With `auto_stop` there is no error while a checkpoint from before is left: `done` says then that the run stopped.
@@ -200,9 +199,11 @@ def _diverging(run: RunDir, watch: Watch, done: Progress, config: TrainConfig, p
         yield
     except NotFinite as error:
         since = watch.began_badly or done.step + 1
-        if config.auto_stop and stopping.fall_back(run, done, watch, since=since) is not None:
+        if config.auto_stop:
             stopping.stop(run, done, watch, since=since, why=f"the {error.name} of step {done.step + 1} was not finite")
-            return
+            if done.kept is not None:
+                return
+            emit("stop", step=done.step, kept=None, text=done.stopped)  # the error below says more of what to change
         narrow = precision.name != "fp32"
         if done.step > 0:
             change = "Lower train.lr or use train.precision=fp32" if narrow else "Lower train.lr"
@@ -216,6 +217,15 @@ def _diverging(run: RunDir, watch: Watch, done: Progress, config: TrainConfig, p
             else f"No checkpoint was written: delete {run.path} before you start again there"
         )
         raise NotFinite(error.name, error.value, fix=f"{change}. {left}.") from None
+
+
+def _say_end(run: RunDir, done: Progress, config: TrainConfig, emit: Emit) -> None:
+    """Say why a run ended before its time. Raises RunError if nothing of it is kept."""
+    if done.stopped:
+        emit("stop", step=done.step, kept=done.kept, text=done.stopped)
+        stopping.refuse_nothing(run, done, lr=config.lr)
+    elif _enough(done, config):
+        emit("note", step=done.step, text=f"stopped early: {config.early_stopping} evaluations without a better loss")
 
 
 def _say_dead(model: nn.Module, emit: Emit) -> None:
