@@ -167,7 +167,7 @@ def test_each_run_writes_its_page_at_its_end(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         finetune(config(folder, output="broken"), resume=True, on_event=later)
     words = Page((folder / "broken" / "report.html").read_text()).said("")
-    assert "Not finished: the run got to step 5 of 10. decal train run.yaml --resume goes on from step-3." in words
+    assert "Not finished: the run got to step 5 of 10. decal train run.yaml --resume goes on from step-4." in words  # its evaluation was the best
 
 
 def test_what_stopped_an_earlier_sitting_is_not_how_the_run_ended() -> None:
