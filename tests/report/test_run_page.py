@@ -15,7 +15,7 @@ import pytest
 
 from decal.errors import RunError
 from decal.recipes.finetune import finetune
-from decal.report import plots
+from decal.report import graded, plots
 from decal.report import run as pages
 from decal.report.plots import Series
 from decal.rundir import RunDir
@@ -60,6 +60,21 @@ class Page(HTMLParser):
         return " ".join(self.words[heading])
 
 
+# What planning/grading.py writes; tests/planning/test_plan.py holds the page to a run's own.
+PLAN: dict[str, Any] = {
+    "forecast": {
+        "peak": 3 << 30,
+        "parts": {"activations": 2 << 30, "frozen weights": 96 << 20, "logits": 0, "optimizer": 700},
+        "step_seconds": 0.05,
+        "step_tokens": 2048,
+        "seconds_by_one_step": 1234.5,
+        "made_in": 0.31,
+    },
+    "measured": {"peak": 2 << 30, "by": "some counter", "exact": False, "step_seconds": 0.04, "seconds": 1300.0},
+    "grade": {"peak_error": 0.5, "step_error": 0.25, "seconds_error": -0.0504},
+}
+
+
 @pytest.fixture(scope="module")
 def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run with everything that a page can show."""
@@ -70,11 +85,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run.event("check", name="stop token", status="passed", text="18 of 18 replies train one", seconds=0.25)
     run.event("check", name="packing", status="failed", text="rows leak", fix="Set data.packing=false.")
     manifest = run.manifest()
-    manifest["plan"] = {
-        "forecast": {"peak_bytes": 3 << 30, "seconds_per_step": 0.5},
-        "measured": {"peak_bytes": 2 << 30, "seconds_per_step": 0.25},
-        "grade": "memory within 50%",
-    }
+    manifest["plan"] = PLAN
     manifest["data"]["notes"] = [EVIL]
     manifest["data"]["dropped"] = {"longer than max_length": 7}
     run.write_manifest(manifest)
@@ -113,9 +124,7 @@ def test_the_parts_say_what_the_run_was(page: Page, done: Path) -> None:
     assert page.said("Advice") == "step 4: the loss jumped"
     assert "7 longer than max_length" in page.said("Data")
     assert manifest["data"]["digest"] in page.said("Data")
-    assert "3.000 GiB 2.000 GiB" in page.said("Forecast and measured")
-    assert "memory within 50%" in page.said("Forecast and measured")
-    assert "stop token passed 18 of 18 replies train one; seconds: 0.25" in page.said("Checks")
+    assert "stop token passed 18 of 18 replies train one 0.25 s" in page.said("Checks")
     assert "packing failed rows leak; Set data.packing=false." in page.said("Checks")
     assert manifest["versions"]["torch"] in page.said("Versions and machine")
     assert (done / "run.yaml").read_text(encoding="utf-8").strip() == page.said("All settings").partition("run.yaml ")[
@@ -123,6 +132,35 @@ def test_the_parts_say_what_the_run_was(page: Page, done: Path) -> None:
     ]
     evals = [e for e in RunDir(done).events() if e["kind"] == "eval"]
     assert all(f"{e['loss']:.4f}" in page.said("Evaluations") for e in evals)
+
+
+def test_forecast_and_measured_stand_beside_each_other_in_units(page: Page) -> None:
+    said = page.said("Forecast and measured")
+    assert said.startswith(
+        "part forecast measured error "
+        "peak memory 3.00 GiB 2.00 GiB +50.0 % "
+        "a step of 2,048 tokens 0.0500 s 0.0400 s +25.0 % "
+        "all steps, foretold from one 1,234 s 1,300 s -5.0 % "
+    )
+    assert "Memory measured: some counter. This system does not let the peak be counted anew" in said
+    assert said.endswith("part memory activations 2.00 GiB frozen weights 96.0 MiB optimizer under 0.01 MiB")
+
+
+@pytest.mark.parametrize("odd", [None, "good", {}, {"forecast": 3, "measured": [], "grade": "A"}])
+def test_what_is_no_forecast_is_not_shown(odd: object) -> None:
+    assert graded.plan(odd) == ""
+
+
+def test_the_seal_is_told_in_words(page: Page, done: Path) -> None:
+    sealed = json.loads((done / "adapter" / "decal.json").read_text(encoding="utf-8"))
+    assert f"adapter tensors {sealed['tensors'][:12]} scale 2 (lora_alpha=8, r=4) tokenizer " in page.said("Seal")
+    assert "reference 8 prompts; the adapter moves its base by " in page.said("Seal")
+
+
+def test_a_seal_of_another_form_is_shown_as_it_stands(done: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(done, tmp_path / "run"))
+    (run / "adapter" / "decal.json").write_text('{"version": 9, "base": {"name": "x"}}')
+    assert Page(pages.page(RunDir(run))).said("Seal") == "version 9 base name: x"
 
 
 def test_there_is_a_curve_of_each_and_each_point_is_drawn(page: Page) -> None:
@@ -167,7 +205,9 @@ def test_each_run_writes_its_page_at_its_end(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         finetune(config(folder, output="broken"), resume=True, on_event=later)
     words = Page((folder / "broken" / "report.html").read_text()).said("")
-    assert "Not finished: the run got to step 5 of 10. decal train run.yaml --resume goes on from step-4." in words  # its evaluation was the best
+    assert (
+        "Not finished: the run got to step 5 of 10. decal train run.yaml --resume goes on from step-4." in words
+    )  # its evaluation was the best
 
 
 def test_what_stopped_an_earlier_sitting_is_not_how_the_run_ended() -> None:
@@ -219,6 +259,11 @@ def test_ticks_are_round_and_inside() -> None:
     assert plots.ticks(-3.0, 14.0) == [0.0, 5.0, 10.0]
     assert plots.ticks(2e-5, 9.1e-5) == [2e-5, 4e-5, 6e-5, 8e-5]
     assert plots.ticks(5.0, 5.0) == [5.0]
+
+
+def test_a_short_logarithmic_scale_has_round_ticks_too() -> None:
+    line = plots.curve("t", [Series(name="a", points=[(1.0, 0.8), (2.0, 2.6)])], log=True)
+    assert Page(f"<h2>t</h2>{line}").words["t"][2:6] == ["1", "1.5", "2", "2.5"]  # then the steps
 
 
 def test_a_long_line_is_thinned_without_losing_a_spike() -> None:

@@ -20,7 +20,7 @@ h2 { font-size: 18px; margin: 34px 0 10px; }
 h3 { font-size: 15px; margin: 18px 0 6px; }
 p { margin: 6px 0; }
 .dim { color: var(--dim); }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(165px, 1fr)); gap: 10px; margin: 18px 0 0; }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 10px; margin: 18px 0 0; }
 .tile { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: 10px 12px; }
 .tile b { display: block; font-size: 17px; line-height: 1.4; white-space: nowrap; font-variant-numeric: tabular-nums; }
 .tile span { color: var(--dim); font-size: 13px; }
@@ -47,7 +47,8 @@ table { border-collapse: collapse; width: 100%; }
 table.numbers { width: auto; min-width: 50%; }
 td, th { text-align: left; vertical-align: top; padding: 5px 14px 5px 0; border-bottom: 1px solid var(--line);
   overflow-wrap: break-word; }
-td:last-child { overflow-wrap: anywhere; }
+table.facts td { overflow-wrap: anywhere; }
+td.number + td:not(.number) { padding-left: 8px; }
 th { font-weight: 600; color: var(--dim); }
 table.facts th { width: 190px; font-weight: 500; }
 td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }

@@ -131,7 +131,7 @@ def _log_ticks(axis: _Axis) -> list[float]:
         if len(inside) >= 3:
             break
     else:
-        inside = [10**value for value in ticks(axis.low, axis.high)]
+        inside = [value for value in ticks(10**axis.low, 10**axis.high) if value > 0]
     return inside[:: max(1, len(inside) // TICKS)]
 
 

@@ -16,13 +16,13 @@ from typing import Any
 
 from decal import rundir
 from decal.errors import RunError
-from decal.report import html, plots
+from decal.report import graded, html, plots
 from decal.report.plots import Series
 from decal.rundir import ADAPTER, MANIFEST, REPORT, RUN, RunDir
+from decal.words import counted
 
 SEAL = "decal.json"
 Event = dict[str, Any]
-GIB = 1 << 30
 
 
 def write(run: RunDir, out: Path | None = None) -> Path:
@@ -73,7 +73,7 @@ def page(run: RunDir) -> str:
             html.section("Evaluations", evaluations(events)),
             html.section("Checks", checks(events)),
             html.section("Data", *data(manifest)),
-            html.section("Forecast and measured", plan(manifest.get("plan"))),
+            html.section("Forecast and measured", graded.plan(manifest.get("plan"))),
             html.section("Notes", *[html.text(e["text"]) for e in _of(events, "note")]),
             html.section("Seal", seal(run)),
             html.section("Versions and machine", html.facts(machine(manifest))),
@@ -170,7 +170,7 @@ def settings(manifest: Mapping[str, Any]) -> dict[str, Any]:
         return {}
     return {
         "rate": f"{train['lr']:g}, {train['schedule']}, warm-up {train['warmup']:g}",
-        "batch": f"{train['micro_batch']} rows x {train['accumulate']} accumulated",
+        "batch": f"{counted(train['micro_batch'], 'row')} x {train['accumulate']} accumulated",
         "optimizer": f"{train['optimizer']}, weight decay {train['weight_decay']:g}",
         "gradient clipped at": f"{train['max_grad_norm']:g}",
         "computed in": manifest.get("precision"),
@@ -217,12 +217,17 @@ def evaluations(events: list[Event]) -> str:
 
 def checks(events: list[Event]) -> str:
     """Return each check with its outcome and whatever else it says."""
-    told = {"kind", "time", "name", "status"}
+    told = {"kind", "time", "name", "status", "seconds"}
     rows = [
-        [str(e.get("name", "")), str(e.get("status", "")), "; ".join(_pairs({k: e[k] for k in e if k not in told}))]
+        [
+            str(e.get("name", "")),
+            str(e.get("status", "")),
+            "; ".join(_pairs({k: e[k] for k in e if k not in told})),
+            f"{e['seconds']:.2f} s" if "seconds" in e else "",
+        ]
         for e in _of(events, "check")
     ]
-    return html.table(["check", "outcome", "measured"], rows)
+    return html.table(["check", "outcome", "measured", "took"], rows, numbers=(3,))
 
 
 def data(manifest: Mapping[str, Any]) -> list[str]:
@@ -258,18 +263,6 @@ def ledger(facts: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def plan(values: Any) -> str:
-    """Return what was forecast beside what was measured, part by part."""
-    if not isinstance(values, Mapping):
-        return ""
-    forecast, measured, grade = (values.get(name) for name in ("forecast", "measured", "grade"))
-    sides = [side if isinstance(side, Mapping) else {} for side in (forecast, measured)]
-    names = list(dict.fromkeys([*sides[0], *sides[1]]))
-    rows = [[n.replace("_", " "), *(_shown(n, side.get(n)) for side in sides)] for n in names]
-    said = html.facts(grade) if isinstance(grade, Mapping) else html.text(f"grade: {grade}") if grade else ""
-    return html.table(["", "forecast", "measured"], rows, numbers=(1, 2)) + said
-
-
 def seal(run: RunDir) -> str:
     """Return what the adapter's seal says, if it has one."""
     text = _read(run.path / ADAPTER / SEAL)
@@ -277,13 +270,20 @@ def seal(run: RunDir) -> str:
         values = json.loads(text)
     except ValueError:
         return html.loud(f"{SEAL}", "is damaged") if text else ""
-    return html.facts({name: _words(value) for name, value in values.items()}) if isinstance(values, dict) else ""
+    if not isinstance(values, dict):
+        return ""
+    try:
+        return html.facts(graded.seal(values))
+    except (KeyError, TypeError, AttributeError, ValueError):  # of another version: as it stands there
+        return html.facts({name: _words(value) for name, value in values.items()})
 
 
 def machine(manifest: Mapping[str, Any]) -> dict[str, Any]:
     device = manifest.get("device")
     lines = {
-        "device": f"{device} ({manifest.get('device_type')}), {manifest.get('threads')} threads" if device else None
+        "device": f"{device} ({manifest.get('device_type')}), {counted(manifest.get('threads', 0), 'thread')}"
+        if device
+        else None
     }
     return {**lines, **manifest.get("versions", {})}
 
@@ -294,7 +294,7 @@ def _of(events: list[Event], kind: str) -> list[Event]:
 
 def _pairs(values: Mapping[str, Any]) -> list[str]:
     return [
-        _words(v) if isinstance(v, str) else f"{n.replace('_', ' ')}: {_shown(n, v)}"
+        _words(v) if isinstance(v, str) else f"{n.replace('_', ' ')}: {_shown(v)}"
         for n, v in values.items()
         if v is not None
     ]
@@ -306,19 +306,17 @@ def _words(value: Any) -> str:
         return ", ".join(f"{name}: {_words(inner)}" for name, inner in value.items())
     if isinstance(value, (list, tuple)):
         return (
-            f"{len(value)} entries"
+            counted(len(value), "entry")
             if len(value) > 8 or any(isinstance(v, (list, dict)) for v in value)
             else ", ".join(map(str, value))
         )
     return str(value)
 
 
-def _shown(name: str, value: Any) -> str:
-    """Return a number with the unit that its name says."""
+def _shown(value: Any) -> str:
+    """Return a number with a few digits, anything else in words."""
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         return "" if value is None else _words(value)
-    if "bytes" in name:
-        return f"{value / GIB:.3f} GiB"
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
 
 
