@@ -12,6 +12,7 @@ from rich.text import Text
 
 from decal.cli import console
 from decal.recipes.finetune import Finetuned
+from decal.report.graded import percent, seconds, size
 from decal.rundir import RunDir
 from decal.spec import RunConfig
 
@@ -178,13 +179,13 @@ def outcome(config: RunConfig, done: Finetuned, *, as_json: bool) -> None:
     """Print what came of a run, and what to do next."""
     run = RunDir(done.run)
     losses = [event["loss"] for event in run.events() if event["kind"] == "step"]
-    size = folder_bytes(done.result)
+    weights = folder_bytes(done.result)
     if as_json:
         console.dump(
             {
                 "run": str(done.run),
                 "result": str(done.result),
-                "bytes": size,
+                "bytes": weights,
                 "steps": done.steps,
                 "kept_step": done.step,
                 "first_loss": losses[0] if losses else None,
@@ -207,17 +208,23 @@ def outcome(config: RunConfig, done: Finetuned, *, as_json: bool) -> None:
     plan = run.manifest().get("plan")
     if plan is not None:
         lines["plan"] = graded(plan)
-    lines[kind] = f"{done.result} ({megabytes(size)})"
+    lines[kind] = f"{done.result} ({megabytes(weights)})"
     lines["next"] = "\n".join(next_commands(done.result, kind))
     console.note("")
     console.out().print(console.facts(lines), soft_wrap=True)
 
 
 def graded(plan: dict[str, Any]) -> str:
-    """Return in one line how near the forecast of memory and time came."""
-    said, seen = plan["forecast"], plan["measured"]
-    memory = f"peak {said['peak'] / 2**30:.2f} GiB forecast, {seen['peak'] / 2**30:.2f} GiB measured"
-    return f"{memory}; {said['step_seconds']:.3g} s a step forecast, {seen['step_seconds']:.3g} s measured"
+    """Return how near the forecast of memory and time came, as the report says it."""
+    said, seen, grade = plan["forecast"], plan["measured"], plan["grade"]
+    memory = f"peak {beside(size(said['peak']), size(seen['peak']), grade['peak_error'])}"
+    step = f"a step {beside(seconds(said['step_seconds']), seconds(seen['step_seconds']), grade['step_error'])}"
+    return f"{memory}\n{step}"
+
+
+def beside(said: str, seen: str, error: float | None) -> str:
+    """Return a forecast beside what was measured."""
+    return f"{said} forecast, {seen} measured" + (f" ({percent(error)})" if error is not None else "")
 
 
 def next_commands(result: Path, kind: str) -> list[str]:
