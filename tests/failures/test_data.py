@@ -41,20 +41,20 @@ def test_17_replies_that_end_in_no_stop_token(tmp_path: Path) -> None:
     (tmp_path / "long.jsonl").write_text(json.dumps({"messages": long}) + "\n")
     with pytest.raises(DecalError) as error:
         prepare(DataConfig(path=str(tmp_path / "long.jsonl"), max_length=64, too_long="cut"), tiny.tokenizer())
-    told(17, error.value)
+    told("17a", error.value)
 
 
 def test_18_the_loss_lies_on_replies_and_says_where_it_does_not(tmp_path: Path) -> None:
     assert prepared(tmp_path).ledger.loss_by_role["prompt"] == 0
-    told(18, ledger(prepared(tmp_path, loss_on="all"), "of the loss"))
+    told("18a", ledger(prepared(tmp_path, loss_on="all"), "of the loss"))
 
 
 def test_19_rows_that_do_not_fit_are_counted(tmp_path: Path) -> None:
-    told(19, ledger(prepared(tmp_path, rows=24, max_length=64), "are longer"))
-    told(19, ledger(prepared(tmp_path, rows=24, max_length=64, too_long="cut"), "lost their stop token to"))
+    told("19a", ledger(prepared(tmp_path, rows=24, max_length=64), "are longer"))
+    told("19b", ledger(prepared(tmp_path, rows=24, max_length=64, too_long="cut"), "lost their stop token to"))
     with pytest.raises(DecalError) as error:
         prepared(tmp_path, max_length=16)
-    told(19, error.value)
+    told("19c", error.value)
 
 
 def template(folder: Path, text: str) -> str:
@@ -67,11 +67,11 @@ def test_20_a_template_that_marks_or_writes_no_reply(tmp_path: Path) -> None:
     empty = template(tmp_path, tiny.CHAT_TEMPLATE + "{% generation %}{% endgeneration %}")
     with pytest.raises(DecalError) as unmarked:
         prepared(tmp_path, chat_template=empty)
-    told(20, unmarked.value)
+    told("20a", unmarked.value)
     mute = template(tmp_path, "{% for m in messages %}{{ m['role'] }}<|im_end|>{% endfor %}")
     with pytest.raises(DecalError) as unwritten:
         prepared(tmp_path, chat_template=mute)
-    told(20, unwritten.value)
+    told("20b", unwritten.value)
 
 
 def test_21_two_bos_tokens(tmp_path: Path) -> None:
@@ -80,4 +80,4 @@ def test_21_two_bos_tokens(tmp_path: Path) -> None:
     twice = template(tmp_path, "{{ bos_token }}{{ bos_token }}" + tiny.CHAT_TEMPLATE)
     with pytest.raises(DecalError) as error:
         prepared(tmp_path, tokenizer=tokenizer, chat_template=twice)
-    told(21, error.value)
+    told("21a", error.value)

@@ -46,7 +46,7 @@ def test_8_an_edited_alpha(folder: Path, adapter: Path, tmp_path: Path) -> None:
     louder = edited(adapter, tmp_path / "louder", "adapter_config.json", lora_alpha=32)
     with pytest.raises(DecalError) as error:
         PeftModel.from_pretrained(load_model(folder / "model"), louder)
-    told(8, error.value)
+    told("8a", error.value)
 
 
 def test_21_another_template_in_service(adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -54,7 +54,7 @@ def test_21_another_template_in_service(adapter: Path, tmp_path: Path, capsys: p
     (tmp_path / "adapter" / "chat_template.jinja").write_text(tiny.CHAT_TEMPLATE.replace("user", "USER") + " ")
     assert main.run(["generate", "--adapter", str(tmp_path / "adapter"), "--prompt", "?"], debug=False) == 2
     error, _, fix = capsys.readouterr().err.strip().splitlines()[-3:]
-    told(21, f"{error.removeprefix('error: ')}. {fix.removeprefix('  fix: ')}")
+    told("21b", f"{error.removeprefix('error: ')}. {fix.removeprefix('  fix: ')}")
 
 
 def test_24_the_data_use_tokens_that_the_model_has_no_row_for(folder: Path, tmp_path: Path) -> None:
@@ -65,7 +65,7 @@ def test_24_the_data_use_tokens_that_the_model_has_no_row_for(folder: Path, tmp_
     settings = config(folder, output="new-tokens").model_dump(mode="json")
     with pytest.raises(DecalError) as error:
         finetune(RunConfig(**{**settings, "model": str(tmp_path / "model")}))
-    told(24, error.value)
+    told("24a", error.value)
 
 
 def test_32_a_server_that_takes_another_scale(folder: Path, adapter: Path) -> None:
@@ -78,4 +78,4 @@ def test_32_a_server_that_takes_another_scale(folder: Path, adapter: Path) -> No
             change.scale = change.alpha  # as a server does that does not divide by r
     part = verify.logits(reference.replay(model, sealed_answers))
     assert part.state is State.differs
-    told(32, f"{part.says}. {part.fix}")
+    told("32a", f"{part.says}. {part.fix}")

@@ -27,7 +27,7 @@ def test_9_a_frozen_adapter(folder: Path) -> None:
     settings["lora"]["inference_mode"] = True
     with pytest.raises(DecalError) as error:
         finetune(RunConfig(**settings))
-    told(9, error.value)
+    told("9a", error.value)
 
 
 def test_25_an_adapter_on_the_head_trains_and_the_loss_says_how() -> None:
@@ -42,14 +42,14 @@ def test_25_an_adapter_on_the_head_trains_and_the_loss_says_how() -> None:
     (gradient,) = [p.grad for name, p in model.named_parameters() if "lm_head.lora_B" in name]
     assert gradient is not None
     assert gradient.abs().sum() > 0
-    told(25, notes[0])
+    told("25a", notes[0])
 
 
 def test_28_a_resume_of_what_has_changed(folder: Path) -> None:
     finetune(config(folder, output="resumed", steps=4, save_every=2))
     with pytest.raises(DecalError) as settings:
         finetune(config(folder, output="resumed", steps=4, save_every=2, seed=1), resume=True)
-    told(28, settings.value)
+    told("28a", settings.value)
     rows = folder / "data.jsonl"
     before = rows.read_text()
     rows.write_text(before.replace("sun", "sum"))
@@ -58,7 +58,7 @@ def test_28_a_resume_of_what_has_changed(folder: Path) -> None:
             finetune(config(folder, output="resumed", steps=4, save_every=2), resume=True)
     finally:
         rows.write_text(before)
-    told(28, data.value)
+    told("28b", data.value)
 
 
 def test_28_a_checkpoint_without_its_optimizer(folder: Path) -> None:
@@ -66,4 +66,4 @@ def test_28_a_checkpoint_without_its_optimizer(folder: Path) -> None:
     (folder / "cut" / "checkpoints" / "step-4" / state.OPTIMIZER).unlink()
     with pytest.raises(DecalError) as error:
         finetune(config(folder, output="cut", steps=4, save_every=2), resume=True)
-    told(28, error.value)
+    told("28c", error.value)

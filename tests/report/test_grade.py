@@ -107,5 +107,6 @@ def test_a_new_process_takes_the_memory_and_the_time_foretold(tmp_path: Path) ->
     subprocess.run(words, check=True, capture_output=True, timeout=300)
     plan = RunDir(tmp_path / "run").manifest()["plan"]
     assert plan["measured"]["exact"]
-    # 5% measured; the forecast's constant for such runs was fitted to runs that scatter by a quarter of these 34 MiB.
+    # -17% three times over where this was written. The tensors of so small a run are 1 MiB; the rest is a constant for
+    # what libraries load on the first step, which was fitted to larger runs and differs by machine and version.
     assert abs(plan["grade"]["peak_error"]) < 0.3, plan

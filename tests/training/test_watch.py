@@ -129,7 +129,7 @@ def test_skipped_fp16_steps_are_counted() -> None:
         "skipped": "41 of 50 steps skipped, for their fp16 gradients overflowed: use train.precision=bf16 or fp32, or "
         "lower train.lr (0.0002)"
     }
-    told(29, numbers(steps)["skipped"])
+    told("29a", numbers(steps)["skipped"])
     search = [result(2.0, math.inf, skipped=True)] * 10 + [result(2.0)] * 40  # a scaler finding its scale
     assert numbers(search) == {}
 
@@ -193,7 +193,7 @@ def test_b_matrices_that_no_gradient_reaches_are_counted() -> None:
     model = adapted()
     model.get_base_model().model.layers[0].register_forward_hook(lambda layer, args, out: out.detach())
     seen = walk(model, 3)
-    told(10, seen["dead"])
+    told("10b", seen["dead"])
     assert seen == {
         "dead": "7/14 B matrices never moved in 3 steps, such as base_model.model.model.layers.0.self_attn.q_proj."
         "lora_B.default.weight: no gradient reaches them; check lora.target_modules, and that nothing detaches the "
@@ -223,7 +223,7 @@ def test_magnitudes_frozen_beside_their_adapter_are_named_before_the_first_step(
         if "lora_magnitude_vector" in name:
             parameter.requires_grad_(False)
     seen = walk(model, 1)
-    told(12, seen["frozen"])
+    told("12a", seen["frozen"])
     assert seen == {
         "frozen": "14 of 14 DoRA magnitudes are frozen, so they will not learn: set requires_grad on them, or leave "
         "them out"
@@ -258,7 +258,7 @@ def test_16_bit_adapters_at_a_small_rate_are_stalled_and_fp32_ones_are_not() -> 
         "of the entries of the A matrices stood still over 20 steps: at train.lr=2e-05 a step is rounded away in "
         "bfloat16; keep adapters in fp32 (autocast_adapter_dtype=True) or raise train.lr"
     )
-    told(11, seen["stalled"])
+    told("11a", seen["stalled"])
     assert wide(torch.float32, 2e-5) == {}
     assert wide(torch.bfloat16, 5e-4) == {}
 
@@ -271,18 +271,18 @@ def test_some_poisoned_batches_are_seen_in_a_real_run() -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "text"),
+    ("settings", "text", "key"),
     [
-        ({"r": 16, "lora_alpha": 32, "use_rslora": True}, "lora_alpha / sqrt(r), is 8 (r=16, lora_alpha=32)"),
-        ({"r": 4, "lora_alpha": 400}, "lora_alpha / r, is 100 (r=4, lora_alpha=400)"),
-        ({"r": 64, "lora_alpha": 1}, "lora_alpha / r, is 0.01562 (r=64, lora_alpha=1)"),
+        ({"r": 16, "lora_alpha": 32, "use_rslora": True}, "lora_alpha / sqrt(r), is 8 (r=16, lora_alpha=32)", "8b"),
+        ({"r": 4, "lora_alpha": 400}, "lora_alpha / r, is 100 (r=4, lora_alpha=400)", "8c"),
+        ({"r": 64, "lora_alpha": 1}, "lora_alpha / r, is 0.01562 (r=64, lora_alpha=1)", "8d"),
     ],
 )
-def test_a_scale_outside_the_usual_is_said_before_the_first_step(settings: dict[str, Any], text: str) -> None:
+def test_a_scale_outside_the_usual_is_said_before_the_first_step(settings: dict[str, Any], text: str, key: str) -> None:
     model = get_peft_model(models.make("llama", torch.float32), LoraConfig(target_modules=["q_proj"], **settings))
     seen = walk(model, 1)
     assert text in seen["scale"]
-    told(8, seen["scale"])
+    told(key, seen["scale"])
 
 
 def test_scales_in_use_are_not_commented_on() -> None:
@@ -310,7 +310,7 @@ def test_evaluation_mode_while_training_is_mended_and_said() -> None:
         "14 dropout layers were in evaluation mode while training: set back to training mode; the "
         "steps before had no dropout"
     )
-    told(27, advice.text)
+    told("27a", advice.text)
     assert all(module.training for module in model.modules() if isinstance(module, nn.Dropout))
 
 
