@@ -12,7 +12,19 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from decal.checks import accumulation, overfit, packing, preflight, reach, roundtrip, rows, stops, tokenizer
+from decal.checks import (
+    accumulation,
+    finite,
+    overfit,
+    packing,
+    preflight,
+    reach,
+    resume,
+    roundtrip,
+    rows,
+    stops,
+    tokenizer,
+)
 from decal.checks.result import Check
 from decal.checks.untouched import untouched
 from decal.data.batch import IGNORE, Batch
@@ -22,6 +34,7 @@ from decal.errors import RunError
 from decal.recipes.finetune import finetune
 from decal.training.job import Job, prepare
 from decal.training.losses import SFT
+from tests.checks.examples import examples, held, shown
 from tests.failures.page import told
 from tests.training.tiny_run import config
 
@@ -74,6 +87,7 @@ def test_labels_without_the_stop_token(job: Job) -> None:
     damaged = relabelled(job, lambda label: label not in job.data.stop_ids)
     found = stops.check(damaged, rows.looked_at(damaged))
     assert_failed(found, "0 of 18 rows learn <|endoftext|>, <|im_end|>: replies will not end", "data.chat_template")
+    shown("stop token", found)
 
 
 def test_labels_that_are_stop_tokens_alone(job: Job) -> None:
@@ -108,6 +122,7 @@ def _detached(output: Any) -> Any:
 
 def test_a_rate_that_is_rounded_away(folder: Path) -> None:
     found = asked(prepare(config(folder, lr=1e-12)), reach.check)
+    shown("reach", found)
     assert_failed(found, "14 of 28 matrices stand still at train.lr=1e-12: a step is rounded away", "Raise train.lr")
 
 
@@ -117,6 +132,7 @@ def test_weights_that_hold_nan_are_not_put_down_to_anything_else(own: Job) -> No
     for found in (preflight.short(own), list(preflight.full(own))):
         assert [check.name for check in found] == ["loss"]
         assert_failed(found[-1], "the loss is nan, not finite, before anything has moved", "weights hold NaN")
+    shown("loss", found[-1])
 
 
 class Leaky(nn.Module):
@@ -135,6 +151,7 @@ def test_a_model_that_reads_across_packed_samples(own: Job) -> None:
     found = asked(damaged, packing.check)
     assert_failed(found, "samples see each other: a swapped neighbour moved a sample's loss from", "data.packing=false")
     told("22a", f"{found.measure}. {found.fix}")
+    shown("packing", found)
 
 
 class CountsBatches(SFT):
@@ -165,6 +182,8 @@ def test_a_loss_that_accumulation_scales(job: Job, loss: type[SFT], ratio: str, 
         found = accumulation.check(damaged, samples)
     assert_failed(found, ratio, "train.accumulate=1")
     told(key, f"{found.measure}. {found.fix}")
+    if loss is MeanOfRows:
+        shown("accumulation", found)
 
 
 def lose_a_tensor(folder: Path) -> None:
@@ -208,6 +227,8 @@ def test_a_save_that_loses_something(own: Job, monkeypatch: pytest.MonkeyPatch, 
     found = asked(own, roundtrip.check)
     assert found.status == "failed"
     assert measure in found.measure
+    if damage is lose_the_scale:
+        shown("round trip", found)
     assert own.model.active_adapters == ["default"]
     assert list(own.model.peft_config) == ["default"]
 
@@ -240,6 +261,7 @@ def test_ids_that_mean_other_words_to_the_model(learnt: Job) -> None:
         wrong = tokenizer.check(learnt, [shifted(sample, 13) for sample in seen[:4]])
     assert fine.status == "passed", fine.measure
     assert_failed(wrong, "to this model the ids mean other words", "Use the tokenizer that the model was trained with")
+    shown("tokenizer", wrong)
 
 
 @pytest.mark.parametrize(
@@ -259,8 +281,15 @@ def test_rows_that_contradict_each_other(job: Job) -> None:
     ]
     damaged = replace(job, data=replace(job.data, train=Samples(samples)))
     # ln 4 for the first token of the reply, 0 for the second: 0.69 on average.
-    assert_failed(overfitted(damaged), "no model can bring their loss under 0.69", "keep one reply for each prompt")
-    assert "4 of 4 rows ask what another row asks" in overfitted(damaged).measure
+    found = overfitted(damaged)
+    assert_failed(found, "no model can bring their loss under 0.69", "keep one reply for each prompt")
+    assert "4 of 4 rows ask what another row asks" in found.measure
+    shown("overfit", found)
+
+
+def test_every_check_has_an_example_that_a_test_holds() -> None:
+    modules = (accumulation, finite, overfit, packing, reach, resume, roundtrip, stops, tokenizer)
+    assert set(examples()) == held() == {module.NAME for module in modules}
 
 
 def test_unlike_texts_without_a_prompt_contradict_nothing() -> None:

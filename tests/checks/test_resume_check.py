@@ -22,6 +22,7 @@ from decal.rundir import RunDir
 from decal.spec import RunConfig
 from decal.training import state
 from decal.training.job import prepare
+from tests.checks.examples import shown
 from tests.training.tiny_run import config, make_files
 
 
@@ -68,6 +69,8 @@ def test_what_is_not_restored_is_found(folder: Path, monkeypatch: pytest.MonkeyP
     assert found.status == "failed"
     assert measure in found.measure
     assert found.fix == "Do not rely on --resume for these settings, and report it: the weight is not restored."
+    if part == "_load_optimizer":
+        shown("resume", found)
 
 
 def test_a_run_that_ends_by_itself_is_no_proof(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

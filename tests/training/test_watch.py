@@ -18,6 +18,7 @@ from decal.evaluate.loss import evaluating
 from decal.model.wrapper import PeftModel
 from decal.spec import TrainConfig
 from decal.training import losses, optim
+from decal.training import watch as watching
 from decal.training.precision import Precision
 from decal.training.step import StepResult, take_step
 from decal.training.watch import Advice, Memory, Watch
@@ -81,12 +82,13 @@ def test_one_step_far_above_all_that_was_is_a_spike_and_two_hard_batches_are_non
     assert numbers([result(loss) for loss in [*noisy(60), 4.5, 2.0, 4.8, *noisy(20)]]) == {}
 
 
-def test_a_loss_above_all_of_the_start_is_divergence() -> None:
-    seen = numbers([result(loss) for loss in [*noisy(15), *noisy(12, level=9.0)]], lr=0.5)
-    assert seen["diverged"] == (
-        "diverged: the loss has been above 2.72, worse than at the start, since step 16; lower train.lr "
-        "(0.5; 0.0001 to 0.0005 is usual)"
-    )
+def test_a_loss_above_all_of_the_start_is_divergence(monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = [result(loss) for loss in [*noisy(15), *noisy(12, level=9.0)]]
+    what = "diverged: the loss has been above 2.72, worse than at the start, since step 16; lower train.lr "
+    assert numbers(steps, lr=0.5)["diverged"] == f"{what}(0.5), to a tenth or less"
+    monkeypatch.setattr(watching, "LARGE", 4)  # what is usual for large models says nothing of small ones
+    usual = "0.0001 to 0.0005 is usual from 1B parameters on"
+    assert numbers(steps, lr=0.5)["diverged"] == f"{what}(0.5; {usual}), to a tenth or less"
 
 
 def test_a_loss_that_comes_back_to_where_it_began_is_divergence() -> None:
@@ -267,7 +269,7 @@ def test_some_poisoned_batches_are_seen_in_a_real_run() -> None:
     good = batch()
     wrong = Batch(input_ids=good.input_ids, labels=good.labels.flip(0, 1).contiguous(), position_ids=None, samples=4)
     seen = walk(adapted(), 63, batches=lambda number: wrong if number >= 58 else good, lr=3e-2)
-    assert seen["spike"].endswith(" at step 60: lower train.lr (0.03; 0.0001 to 0.0005 is usual)")
+    assert seen["spike"].endswith(" at step 60: lower train.lr (0.03), to a tenth or less")
 
 
 @pytest.mark.parametrize(

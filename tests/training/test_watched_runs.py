@@ -52,7 +52,7 @@ def test_a_run_at_an_absurd_rate_is_said_to_have_diverged_and_goes_on(folder: Pa
     done = finetune(on(learnt, folder, "absurd", lr=1.0, steps=8))
     assert (done.steps, done.stopped) == (8, None)
     assert said(done.run)["diverged"].startswith("diverged: the held-out loss is ")
-    assert said(done.run)["diverged"].endswith("; lower train.lr (1; 0.0001 to 0.0005 is usual)")
+    assert said(done.run)["diverged"].endswith("; lower train.lr (1), to a tenth or less")
 
 
 def test_four_rows_learnt_by_heart_are_overfitting(folder: Path) -> None:

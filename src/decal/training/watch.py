@@ -14,16 +14,19 @@ from typing import Any
 import torch
 from torch import nn
 
+from decal.layers.coded import uncounted
 from decal.spec import TrainConfig
 from decal.training import anatomy, movement, signals
 from decal.training.step import StepResult
+from decal.words import counted
 
 LOOKS = (3, 10, 30, 100)  # steps after which the weights are read, then every hundredth: below 0.1% of the time
 PATIENT = 30  # steps: an expert that no token was sent to in three steps is nothing odd
 STALLED = 0.3  # of the entries. In bf16 at 2e-5 it is 50 to 81%, at 2e-4 below 1%
 GAP = 20  # steps between two looks from which `stalled` may be told
 NEAR_TOP = 0.5  # of the highest rate: at the ends of a schedule every rate is small
-USUAL = {"lora": (1e-4, 5e-4), "full": (1e-5, 1e-4)}  # learning rates; small models bear ten times as much
+USUAL = {"lora": (1e-4, 5e-4), "full": (1e-5, 1e-4)}  # learning rates of large models; small ones bear more
+LARGE = 1e9  # parameters
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +83,7 @@ class Watch:
         self.diverged: int | None = None
         self.reason = ""  # of that, in words
         self._model, self._config, self._warmup = model, config, warmup
+        self._large = sum(p.numel() for p in model.parameters()) + uncounted(model) >= LARGE
         self._named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         self._dtypes = {name: p.dtype for name, p in self._named}
         self._rates = {name: group["initial_lr"] for group in optimizer.param_groups for name in group["names"]}
@@ -272,10 +276,11 @@ class Watch:
         """What to do about weights that were thrown too far."""
         low, high = USUAL[self._config.method]
         if self.lr > 10 * high:
-            return f"lower train.lr ({self.lr:g}; {low:g} to {high:g} is usual)"
+            usual = f"; {low:g} to {high:g} is usual from 1B parameters on" if self._large else ""
+            return f"lower train.lr ({self.lr:g}{usual}), to a tenth or less"
         return (
             f"lower train.lr ({self.lr:g}) or train.max_grad_norm ({self._config.max_grad_norm:g}), or lengthen "
-            f"train.warmup ({self._warmup} steps)"
+            f"train.warmup ({counted(self._warmup, 'step')})"
         )
 
 
