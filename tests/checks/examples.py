@@ -34,8 +34,8 @@ def printed(check: Check) -> str:
 def shown(name: str, check: Check) -> None:
     """Assert that the page shows this failure as it is printed.
 
-    Words are equal. Numbers are so within a twentieth: they have two or three digits, of which sums in another order, on
-    another processor, may move the last.
+    Words are equal. Numbers are so within a twentieth: they have two or three digits, of which sums in another order,
+    on another processor, may move the last.
     """
     page, now = NUMBER.split(examples().get(name, "")), NUMBER.split(printed(check))
     stale = f"the example of {name!r} in docs/checks.md has gone stale; now it is\n{printed(check)}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import getpass
 import json
+import platform
 import socket
 from dataclasses import asdict
 from pathlib import Path
@@ -91,7 +92,8 @@ def test_the_report_says_neither_who_nor_where() -> None:
     assert report.environment["HF_HOME"] == "~/models/<user>"
     assert report.environment["HF_TOKEN"] == "(set, not shown)"
     assert report.environment["OMP_NUM_THREADS"] == "2"
-    for private in ("secret", str(Path.home()) + "/", "/not/asked/for", socket.gethostname()):
+    build = platform.release().partition("-")[2] or "no build is told"
+    for private in ("secret", str(Path.home()) + "/", "/not/asked/for", socket.gethostname(), build):
         assert private not in text
     assert report.versions["torch"] == torch.__version__
     assert report.machine["memory"].endswith("GiB free")
@@ -107,3 +109,17 @@ def test_the_report_says_neither_who_nor_where() -> None:
 )
 def test_scrubbing(text: str, clean: str) -> None:
     assert doctor.scrub(text, home="/users/ada", user="ada", host="box7") == clean
+
+
+@pytest.mark.parametrize(
+    ("kernel", "told"),
+    [
+        ("6.8.0-45-generic", "6.8"),
+        ("5.15.167.4-somewhere-standard-WSL2", "5.15"),
+        ("24.1.0", "24.1"),
+        ("11", "11"),
+        ("", "of unknown version"),
+    ],
+)
+def test_of_the_kernel_only_major_and_minor_are_told(kernel: str, told: str) -> None:
+    assert doctor.release(kernel) == told

@@ -25,7 +25,7 @@ from decal.checks import (
     stops,
     tokenizer,
 )
-from decal.checks.result import Check
+from decal.checks.result import Check, failed
 from decal.checks.untouched import untouched
 from decal.data.batch import IGNORE, Batch
 from decal.data.mask import Sample
@@ -34,7 +34,8 @@ from decal.errors import RunError
 from decal.recipes.finetune import finetune
 from decal.training.job import Job, prepare
 from decal.training.losses import SFT
-from tests.checks.examples import examples, held, shown
+from tests.checks import examples as examples_
+from tests.checks.examples import examples, held, printed, shown
 from tests.failures.page import told
 from tests.training.tiny_run import config
 
@@ -285,6 +286,15 @@ def test_rows_that_contradict_each_other(job: Job) -> None:
     assert_failed(found, "no model can bring their loss under 0.69", "keep one reply for each prompt")
     assert "4 of 4 rows ask what another row asks" in found.measure
     shown("overfit", found)
+
+
+def test_an_example_that_is_not_what_is_printed_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    page = printed(failed("loss", "it is 5.7 on 1,024 rows", fix="Lower it."))
+    monkeypatch.setattr(examples_, "examples", lambda: {"loss": page})
+    shown("loss", failed("loss", "it is 5.6 on 1,024 rows", fix="Lower it."))
+    for measure, fix in (("it is 9.7 on 1,024 rows", "Lower it."), ("it is 5.7 on 1,024 rows", "Raise it.")):
+        with pytest.raises(AssertionError, match="has gone stale; now it is\nFAILED  loss"):
+            shown("loss", failed("loss", measure, fix=fix))
 
 
 def test_every_check_has_an_example_that_a_test_holds() -> None:

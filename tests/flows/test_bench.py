@@ -11,6 +11,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from decal.cli import main
+from decal.cli.bench import operations
 from decal.errors import RunError
 from decal.model.random import random_model
 from decal.recipes import peers
@@ -54,6 +55,20 @@ def test_the_flops_are_those_that_torch_counts(work: Work) -> None:
     # torch counts no attention on a CPU. The first layer's input needs no gradient: 3 of 29 products less.
     linear = model_flops(model, work) - attention
     assert linear == pytest.approx(counter.get_total_flops(), rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [
+        (6.7e14, "670 TFLOP"),
+        (1.5e12, "1.50 TFLOP"),
+        (3.04e9, "3.04 GFLOP"),
+        (9.7e6, "9.70 MFLOP"),
+        (2.0, "2.00e-06 MFLOP"),
+    ],
+)
+def test_operations_are_said_in_a_unit_that_shows_them(number: float, said: str) -> None:
+    assert operations(number) == said
 
 
 def test_the_command_prints_figures_and_says_what_it_could_not_measure(

@@ -84,6 +84,12 @@ def scrub(text: str, *, home: str, user: str, host: str) -> str:
     return text
 
 
+def release(text: str) -> str:
+    """Return a kernel's version without what its builder added, which may tell one machine from all others."""
+    found = re.match(r"\d+(?:\.\d+)?", text)
+    return found.group() if found else "of unknown version"
+
+
 def _scrubbed(facts: Mapping[str, str]) -> dict[str, str]:
     try:
         user = getpass.getuser()
@@ -96,7 +102,7 @@ def _scrubbed(facts: Mapping[str, str]) -> dict[str, str]:
 def _machine() -> dict[str, str]:
     memory = psutil.virtual_memory()
     facts = {
-        "system": f"{platform.system()} {platform.release()} on {platform.machine()}",
+        "system": f"{platform.system()} {release(platform.release())} on {platform.machine()}",
         "processor": f"{_processor()}, {os.cpu_count()} cores ({torch.get_num_threads()} used by torch), "
         f"{torch.backends.cpu.get_cpu_capability()}",
         "memory": f"{memory.available / GIB:.1f} of {memory.total / GIB:.1f} GiB free",

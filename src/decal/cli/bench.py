@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from decal.cli import console
+from decal.words import counted
 
 if TYPE_CHECKING:
     from decal.recipes.bench import Bench
@@ -18,6 +19,9 @@ EXAMPLES = (
     "decal bench Qwen/Qwen3-0.6B --rows 4 --length 1024\n\n"
     "decal bench meta-llama/Llama-3.1-8B --quantize nf4 --recompute --peers"
 )
+
+
+UNITS = ((1e12, "TFLOP"), (1e9, "GFLOP"), (1e6, "MFLOP"))
 
 
 class Quantize(str, Enum):
@@ -70,10 +74,17 @@ def bench(
     console.show(table(found))
     one = found[0]
     console.say(
-        f"\n{one.device}, {one.precision}: a large product runs at {one.rate / 1e12:,.2f} TFLOP/s; "
-        f"a step of {work.tokens:,} tokens needs {one.flops / 1e12:,.2f} TFLOP",
+        f"\n{one.device}, {one.precision}: a large product runs at {operations(one.rate)}/s; "
+        f"a step of {counted(work.tokens, 'token')} needs {operations(one.flops)}",
         "dim",
     )
+
+
+def operations(number: float) -> str:
+    """Return a number of operations in the largest unit of which there is one; three digits."""
+    size, unit = next(((s, u) for s, u in UNITS if number >= s), UNITS[-1])
+    value = number / size
+    return f"{value:,.0f} {unit}" if value >= 100 else f"{value:#.3g} {unit}"
 
 
 def table(found: list[Bench]) -> Any:

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from decal.evaluate.prompts import Prompts
 from decal.model.generate import generate
 
 
@@ -40,15 +39,3 @@ def answers(
         batch_size=sampling.batch_size,
         seed=sampling.seed,
     )
-
-
-def side_by_side(
-    model: Any, tokenizer: Any, questions: Sequence[str], *, names: Sequence[str], sampling: Sampling
-) -> dict[str, list[str]]:
-    """Return the replies of each adapter of `names` (with "__base__" the base's, too) to single user messages."""
-    prompts = Prompts(tokenizer)
-    texts = [prompts.question(question) for question in questions]
-    return {
-        name: answers(model, tokenizer, texts, name=name, sampling=sampling, stop_ids=prompts.stop_ids)
-        for name in names
-    }
