@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-IRREGULAR = {"matrix": "matrices", "entry": "entries", "reply": "replies", "micro-batch": "micro-batches"}
+IRREGULAR = {"matrix": "matrices", "entry": "entries"}
 
 
 def counted(number: int, thing: str) -> str:

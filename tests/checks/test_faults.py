@@ -87,7 +87,9 @@ def relabelled(job: Job, keep: Any) -> Job:
 def test_labels_without_the_stop_token(job: Job) -> None:
     damaged = relabelled(job, lambda label: label not in job.data.stop_ids)
     found = stops.check(damaged, rows.looked_at(damaged))
-    assert_failed(found, "0 of 18 rows learn <|endoftext|>, <|im_end|>: replies will not end", "data.chat_template")
+    assert_failed(
+        found, "rows that learn <|endoftext|>, <|im_end|>: 0 of 18; replies will not end", "data.chat_template"
+    )
     shown("stop token", found)
 
 

@@ -30,7 +30,7 @@ def test_all_pass_in_their_order_with_a_number_each(job: Job) -> None:
     assert [check.name for check in found] == ["loss", "tokenizer", *QUICK, "overfit"]
     assert [check.measure for check in failures(found)] == []
     assert all(any(letter.isdigit() for letter in check.measure) for check in found)
-    assert by_name(found)["stop token"].measure == "18 of 18 rows learn <|endoftext|>, <|im_end|>"
+    assert by_name(found)["stop token"].measure == "rows that learn <|endoftext|>, <|im_end|>: 18 of 18"
     assert by_name(found)["reach"].measure.startswith("28 of 28 matrices move (100.0% of entries)")
 
 

@@ -11,6 +11,7 @@ from decal.checks.result import Check, failed, passed
 from decal.data import pack
 from decal.data.mask import Sample
 from decal.training.job import Job
+from decal.words import counted
 
 NAME = "loss"
 
@@ -22,7 +23,9 @@ def check(job: Job, samples: Sequence[Sample]) -> Check:
         total, count = job.loss(job.model, pack.collate([[sample] for sample in samples], pad_id=job.data.pad_id))
     loss = total.item() / max(count, 1)
     if math.isfinite(loss):
-        return passed(NAME, f"{loss:.2f} on {len(samples)} rows, {count} learnt tokens, before training")
+        return passed(
+            NAME, f"{loss:.2f} on {counted(len(samples), 'row')}, {counted(count, 'learnt token')}, before training"
+        )
     cause = "the model's weights hold NaN: download the model again"
     if job.numbers.name != "fp32":
         cause = f"{job.numbers.name} overflows (try train.precision=fp32), or {cause}"

@@ -17,6 +17,7 @@ from decal.spec import RunConfig
 from decal.training import optim
 from decal.training.job import Job
 from decal.training.step import NotFinite, take_step
+from decal.words import counted
 
 NAME = "overfit"
 TARGET = 0.05  # a loss at which every token is as good as certain: exp(-0.05) = 95% each
@@ -74,7 +75,9 @@ def check(job: Job, seen: Sequence[Sample], samples: Sequence[Sample]) -> Check:
             fix="Give the prompts what tells these rows apart, or keep one reply for each prompt.",
         )
     course = learn(job, samples)
-    return verdict(course, lr=job.config.train.lr, what=f"{len(samples)} rows, {learnt} learnt tokens")
+    return verdict(
+        course, lr=job.config.train.lr, what=f"{counted(len(samples), 'row')}, {counted(learnt, 'learnt token')}"
+    )
 
 
 def contradictions(samples: Sequence[Sample]) -> tuple[float, int]:
@@ -147,7 +150,7 @@ def _drop_nothing(model: nn.Module) -> None:
 def verdict(course: Course, *, lr: float, what: str) -> Check:
     """Say what a course means; `what` was learnt at the run's rate `lr`."""
     start = course.losses[0] if course.losses else math.nan
-    measure = f"{what}: loss {start:.2f} -> {course.best:.3f} in {len(course.losses)} steps"
+    measure = f"{what}: loss {start:.2f} -> {course.best:.3f} in {counted(len(course.losses), 'step')}"
     best, early = course.best, min(course.losses[:BOOST_AFTER], default=math.inf)
     fell = best < SLOW * start
     if course.broke or max(course.losses, default=0.0) > DIVERGED * max(start, 1.0):

@@ -108,8 +108,8 @@ def _verdict(job: Job, totals: dict[str, Movement], dead: list[str]) -> Check:
             NAME,
             f"{len(stalled)} of {len(wanted)} matrices stand still at train.lr={job.config.train.lr:g}: a step is "
             f"rounded away ({share:.1%} of entries move), such as in {stalled[0]}",
-            fix="Raise train.lr: 1e-4 to 5e-4 is usual for LoRA from 1B parameters on, ten times that for small models, a "
-            "tenth for all weights.",
+            fix="Raise train.lr: 1e-4 to 5e-4 is usual for LoRA from 1B parameters on, ten times that for small "
+            "models, a tenth for all weights.",
         )
     if still and not full:
         return failed(

@@ -20,6 +20,7 @@ from decal.spec import RunConfig
 from decal.training import state
 from decal.training.job import Job
 from decal.training.plan import warmup_steps
+from decal.words import counted
 
 NAME = "resume"
 ROWS = 64  # at least so many rows are read, however few the steps need
@@ -136,7 +137,9 @@ def compare(resumed: RunDir, whole: RunDir, *, device: str) -> Check:
             measure = f"the {part} differs: {name} is {shown(here, name)}, in the whole run {shown(there, name)}"
             return failed(NAME, measure, fix=_fix(part))
     how = "equal bits" if worst == 0 else f"within {worst:.1e} of the largest (allowed on a card: {tolerance:g})"
-    return passed(NAME, f"killed, resumed, compared after {mine.name.replace('-', ' ')}: {count} tensors, {how}")
+    return passed(
+        NAME, f"killed, resumed, compared after {mine.name.replace('-', ' ')}: {counted(count, 'tensor')}, {how}"
+    )
 
 
 def difference(a: Tensor, b: Tensor) -> float:

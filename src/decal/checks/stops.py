@@ -19,7 +19,7 @@ def check(job: Job, samples: Sequence[Sample]) -> Check:
     stops = set(ids)
     teach = sum(not stops.isdisjoint(rows.learnt(sample)) for sample in samples)
     names = ", ".join(job.tokenizer.convert_ids_to_tokens(list(ids)))
-    measure = f"{teach:,} of {len(samples):,} rows learn {names}"
+    measure = f"rows that learn {names}: {teach:,} of {len(samples):,}"
     if teach >= ENOUGH * len(samples):
         return passed(NAME, measure)
     if job.data.ledger.stops_lost:
@@ -27,4 +27,4 @@ def check(job: Job, samples: Sequence[Sample]) -> Check:
         fix = f"Raise data.max_length (now {longest}), or set data.too_long=drop: replies are cut before they end."
     else:
         fix = "Give a data.chat_template that ends each reply with a special token, inside of what is learnt."
-    return failed(NAME, f"{measure}: replies will not end", fix=fix)
+    return failed(NAME, f"{measure}; replies will not end", fix=fix)

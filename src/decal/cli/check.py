@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from decal.cli import console
+from decal.words import counted
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -104,7 +105,7 @@ def preview(rows: list[Row]) -> None:
                 line.append_text(marked(piece.kind, text, colour=colour))
             console.out().print(line, soft_wrap=True)
         if row.packed > len(row.samples):
-            console.say(f"| ... {row.packed - len(row.samples):,} more samples", style="blue")
+            console.say(f"| ... {counted(row.packed - len(row.samples), 'more sample')}", style="blue")
     console.say("")
 
 
@@ -125,9 +126,9 @@ def marked(kind: str, text: str, *, colour: bool) -> Text:
 
 def counts(row: Row) -> str:
     """Return a row's numbers in words."""
-    samples = f"{row.packed:,} samples, " if row.packed > 1 else ""
+    samples = f"{counted(row.packed, 'sample')}, " if row.packed > 1 else ""
     padding = f", then {row.padding:,} of padding" if row.padding else ""
-    return f"{samples}{row.tokens:,} tokens, {row.learnt:,} learnt{padding}"
+    return f"{samples}{counted(row.tokens, 'token')}, {row.learnt:,} learnt{padding}"
 
 
 def answer(check: Check, *, width: int = 14) -> None:

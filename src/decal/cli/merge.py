@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from decal.cli import console
+from decal.words import counted
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -115,7 +116,7 @@ def show(merged: Merged) -> None:
         "base": merged.base,
         "rounding": f"{rounding.survived:.2%} of the update survived; "
         f"{rounding.unchanged:.2%} of the weights it changes stayed the same number",
-        "check": f"read back from disk and compared with base + adapter on {agreement.tokens} tokens\n"
+        "check": f"read back from disk and compared with base + adapter on {counted(agreement.tokens, 'token')}\n"
         f"largest logit difference {agreement.max_logit_difference:.3g}\n"
         f"mean KL {agreement.kl:.3g} nats (the adapter's own effect: {agreement.adapter_kl:.3g})\n"
         f"same most likely token at {agreement.same_top1:.1%} of positions",

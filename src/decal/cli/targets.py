@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from decal.cli import console
+from decal.words import counted
 
 EXAMPLES = (
     "Examples:\n\ndecal targets Qwen/Qwen3-0.6B\n\ndecal targets Qwen/Qwen3-0.6B --targets q_proj,v_proj --rank 8"
@@ -37,7 +38,7 @@ def targets(
     console.show(shown)
     total = sum(row["trainable"] for row in rows)
     adapted = sum(row["adapted"] for row in rows)
-    console.say(f"\n{names} at rank {rank}: {adapted:,} layers, {total:,} trainable parameters")
+    console.say(f"\n{names} at rank {rank}: {counted(adapted, 'layer')}, {counted(total, 'trainable parameter')}")
 
 
 def table(model: str, names: str | list[str] | None, rank: int) -> list[dict[str, Any]]:

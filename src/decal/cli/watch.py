@@ -15,6 +15,7 @@ from decal.recipes.finetune import Finetuned
 from decal.report.graded import percent, seconds, size
 from decal.rundir import RunDir
 from decal.spec import RunConfig
+from decal.words import counted
 
 QUIET_SECONDS = 10.0  # without a terminal: at most one line of progress in this time
 
@@ -162,15 +163,15 @@ def checks(events: list[dict[str, Any]]) -> str:
 
 def ledger(facts: dict[str, Any]) -> str:
     """Return a data ledger in short: the shape, what became of the rows, and what the loss is on."""
-    rows = f"first {facts['rows']:,}" if facts["partial"] else f"{facts['rows']:,}"
-    lines = [facts["source"], f"{facts['shape']}; {rows} rows, {facts['used']:,} used"]
+    rows = ("first " if facts["partial"] else "") + counted(facts["rows"], "row")
+    lines = [facts["source"], f"{facts['shape']}; {rows}, {facts['used']:,} used"]
     lines += [f"dropped {count:,}: {reason}" for reason, count in facts["dropped"].items()]
     if facts["cut"]:
         lines.append(f"cut {facts['cut']:,} at max_length; {facts['stops_lost']:,} of them lost their stop token")
     roles = ", ".join(f"{share:.0%} {role}" for role, share in facts["loss_by_role"].items() if share)
-    lines.append(f"{facts['tokens']:,} tokens, {facts['loss_tokens']:,} of them learnt ({roles})")
+    lines.append(f"{counted(facts['tokens'], 'token')}, {facts['loss_tokens']:,} of them learnt ({roles})")
     if facts["without_stop"]:
-        lines.append(f"{facts['without_stop']:,} rows teach no stop token")
+        lines.append(f"no stop token is learnt from {counted(facts['without_stop'], 'row')}")
     lines += [f"note: {text}" for text in facts["notes"]]
     return "\n".join(lines)
 

@@ -13,6 +13,7 @@ import numpy as np
 from decal.data.batch import IGNORE
 from decal.data.mask import Masked, Sample
 from decal.errors import DataError
+from decal.words import counted
 
 NO_REPLY = "no assistant turn to learn"
 REFUSED = "refused by the chat template"
@@ -57,15 +58,15 @@ class Ledger:
 
     def text(self) -> str:
         """Return a few lines for people."""
-        first = f"first {self.rows} rows" if self.partial else f"{self.rows} rows"
+        first = ("first " if self.partial else "") + counted(self.rows, "row")
         lines = [f"{self.source}: {self.shape}; {first}, {self.used} used"]
         lines += [f"  dropped {count}: {reason}" for reason, count in self.dropped.items()]
         if self.cut:
             lines.append(f"  cut {self.cut} at max_length, {self.stops_lost} of them lost their stop token")
         share = self.loss_tokens / self.tokens if self.tokens else 0.0
-        lines.append(f"  {self.tokens:,} tokens, {self.loss_tokens:,} in the loss ({share:.0%})")
+        lines.append(f"  {counted(self.tokens, 'token')}, {self.loss_tokens:,} in the loss ({share:.0%})")
         if self.without_stop:
-            lines.append(f"  {self.without_stop} of {self.used} rows train no stop token")
+            lines.append(f"  no stop token is learnt from {self.without_stop:,} of {counted(self.used, 'row')}")
         if self.fill is not None:
             lines.append(f"  packing fills {self.fill:.0%} of each batch")
         lines += [f"  note: {note}" for note in self.notes]
@@ -125,9 +126,9 @@ class Tally:
         """Return the ledger; `learnt` names the role whose tokens are meant to be learnt."""
         more = []
         if self.first_refusal is not None:
-            more.append(f"the chat template refused {self.dropped[REFUSED]} rows; {self.first_refusal}")
+            more.append(f"the chat template refused {counted(self.dropped[REFUSED], 'row')}; {self.first_refusal}")
         if self.merged:
-            more.append(f"in {self.merged} rows the reply's first token also holds the end of the prompt")
+            more.append(f"in {counted(self.merged, 'row')} the reply's first token also holds the end of the prompt")
         share = self.reply_tokens / self.loss_tokens if self.loss_tokens else 0.0
         return Ledger(
             source=source,
@@ -159,13 +160,13 @@ def remedies(ledger: Ledger, *, max_length: int) -> tuple[str, ...]:
     lines = []
     if count := ledger.dropped.get(TOO_LONG):
         lines.append(
-            f"{count:,} of {ledger.rows:,} rows are longer than max_length ({max_length}): raise data.max_length, "
+            f"{count:,} of {counted(ledger.rows, 'row')} longer than max_length ({max_length}): raise data.max_length, "
             "or set data.too_long=cut"
         )
     if ledger.stops_lost:
         lines.append(
-            f"{ledger.stops_lost:,} of {ledger.used:,} rows lost their stop token to max_length ({max_length}): raise "
-            "data.max_length, or set data.too_long=drop"
+            f"stop token lost to max_length ({max_length}): {ledger.stops_lost:,} of {counted(ledger.used, 'row')}; "
+            "raise data.max_length, or set data.too_long=drop"
         )
     if share := ledger.loss_by_role.get("prompt"):
         lines.append(
@@ -186,13 +187,13 @@ def check(ledger: Ledger, *, needs_stop: bool, max_length: int, template: str) -
         if set(ledger.dropped) == {UNWRITTEN}:
             raise DataError(
                 "the template writes none of the reply: there would be nothing to learn but the stop token",
-                got=f"{template}, {ledger.rows} rows of {ledger.source}",
+                got=f"{template}, {counted(ledger.rows, 'row')} of {ledger.source}",
                 fix="Give another data.chat_template: one that writes the content of each assistant message.",
             )
         if set(ledger.dropped) == {REFUSED}:
             raise DataError(
-                f"the template refuses all {ledger.rows} rows of {ledger.source}",
-                got=f"{template}; {refusal.partition('; ')[2]}",
+                f"the template refuses every row of {ledger.source}",
+                got=f"{template}, {counted(ledger.rows, 'row')}; {refusal.partition('; ')[2]}",
                 fix="Correct the template (data.chat_template), or the rows.",
             )
         reasons = ", ".join(f"{count} {reason}" for reason, count in ledger.dropped.items())
@@ -208,7 +209,7 @@ def check(ledger: Ledger, *, needs_stop: bool, max_length: int, template: str) -
         raise DataError(f"no row of {ledger.source} can be used", got=reasons, fix=fixes[worst])
     if needs_stop and ledger.without_stop == ledger.used:
         raise DataError(
-            f"0 of {ledger.used} rows train a stop token: the model would never learn to end its reply",
-            got=f"{ledger.source}, {ledger.cut} rows cut at max_length {max_length}",
+            "no row trains a stop token: the model would never learn to end its reply",
+            got=f"{ledger.source}, {ledger.cut:,} of {counted(ledger.used, 'row')} cut at max_length {max_length}",
             fix="Raise max_length, or use a chat template that ends replies with a special token.",
         )

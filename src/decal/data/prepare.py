@@ -17,6 +17,7 @@ from decal.data.mask import Sample
 from decal.data.samples import Samples, Stream
 from decal.errors import DataError
 from decal.spec import DataConfig
+from decal.words import counted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -103,7 +104,9 @@ def _hold_out(
 ) -> tuple[list[tuple[int, shapes.Row]], list[tuple[int, shapes.Row]]]:
     if count >= len(rows):
         raise DataError(
-            "eval_rows leaves no row to train on", got=f"{count} of {len(rows)} rows", fix="Hold fewer rows out."
+            "eval_rows leaves no row to train on",
+            got=f"{count:,} of {counted(len(rows), 'row')}",
+            fix="Hold fewer rows out.",
         )
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
     held = set(order[:count])
@@ -127,7 +130,7 @@ def _encode(
     samples = Samples(encoder.encode(((n, shape.read(row, n)) for n, row in rows), tally))
     twice = len(tally.digests & known)
     if twice:
-        notes.append(f"{twice} of these samples also stand in the training data")
+        notes.append(f"{counted(twice, 'sample')} of these also in the training data")
     return samples, _close(config, encoder, tally, shape, name=name, notes=notes, samples=samples), tally.digests
 
 

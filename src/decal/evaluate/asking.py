@@ -11,6 +11,7 @@ from decal.errors import DataError
 from decal.files import compared, vocabulary
 from decal.files.compared import Part, State
 from decal.files.sealed import Seal
+from decal.words import counted
 
 # Ours, and never the user's rows: an adapter's folder is published. Each asks for another kind of text.
 PROMPTS = (
@@ -94,7 +95,11 @@ def prompts(seal: Seal, tokenizer: Any) -> Part:
                 f"prompt {number} from token {at + 1}: {_text(tokenizer, now[at:])}, where "
                 f"{_text(tokenizer, before[at:])} is sealed",
             )
-    return Part(name=name, state=State.ok, says=f"{len(sealed)} prompts, {sum(len(ids) for ids in sealed)} tokens")
+    return Part(
+        name=name,
+        state=State.ok,
+        says=f"{counted(len(sealed), 'prompt')}, {counted(sum(len(ids) for ids in sealed), 'token')}",
+    )
 
 
 def _differs(name: str, got: str) -> Part:

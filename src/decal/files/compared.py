@@ -11,6 +11,7 @@ from typing import Any
 
 from decal.errors import AdapterError
 from decal.files.sealed import Scale, Seal, Tokens
+from decal.words import counted
 
 SHOWN = 12  # hexadecimal digits of a digest, for people
 UNVERIFIED = "To load it regardless, remove its decal.json."
@@ -72,7 +73,7 @@ def config(seal: Seal, base: Seal) -> Part:
         return _not_compared(name, "this base has no configuration")
     moved = list(_moved(seal.base_config, base.base_config))
     if not moved:
-        return _ok(name, f"{len(seal.base_config)} settings")
+        return _ok(name, counted(len(seal.base_config), "setting"))
     key, before, after = moved[0]
     fix = "Load the base with the config.json that it was trained with."
     if key == "vocab_size":

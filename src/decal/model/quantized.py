@@ -30,6 +30,7 @@ from decal.layers.streamed import StreamedLinear
 from decal.model.inject import place
 from decal.ops import nf4
 from decal.spec import QuantConfig
+from decal.words import counted
 
 LINEAR = (nn.Linear, Conv1D)
 Layer = TypeVar("Layer", bound=Coded)
@@ -222,7 +223,7 @@ def storage(model: nn.Module) -> list[str]:
     wide = [n.removeprefix("base_model.model.") for n, m in model.named_modules() if _holds_a_matrix(m)]
     some = ", ".join(wide[:4]) + (f" and {len(wide) - 4} more" if len(wide) > 4 else "")
     bits = bits_per_weight(model)
-    return [f"{len(coded)} layers are stored in {form}, {bits:.3f} bits per weight; in 16 or 32 bits stay {some}"]
+    return [f"{counted(len(coded), 'layer')} in {form}, {bits:.3f} bits per weight; in 16 or 32 bits stay {some}"]
 
 
 def _holds_a_matrix(module: nn.Module) -> bool:

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 from torch import nn
 
 from decal.errors import ConfigError
+from decal.words import counted
 
 
 class Row(Protocol):
@@ -45,7 +46,9 @@ def check(model: nn.Module, tokenizer: Any, used: Iterable[Row] = ()) -> str | N
     rows = count(model)
     assert rows is not None
     first = ", ".join(f"{token!r} ({i})" for token, i in list(beyond.items())[:3])
-    what = f"the tokenizer has {len(beyond)} tokens for which the model's embedding of {rows:,} rows has none"
+    what = (
+        f"the tokenizer has {counted(len(beyond), 'token')} for which the model's embedding of {rows:,} rows has none"
+    )
     number = next((n for n, row in enumerate(used, start=1) if max(row.ids, default=0) >= rows), None)
     if number is not None:
         raise ConfigError(

@@ -21,6 +21,7 @@ from decal.model.saved import Fetched
 from decal.model.wrapper import PeftModel
 from decal.recipes import compare
 from decal.spec import TaskType
+from decal.words import counted
 
 NAME = "default"
 WEAK = 3  # times the tolerance: an adapter that moves its base by less could be left out, and hardly be missed
@@ -121,7 +122,7 @@ def logits(replayed: Replay | None) -> Part:
         return Part(name=name, state=State.not_sealed, says="")
     far = f"largest difference {replayed.max_difference:.3g}, KL {replayed.kl:.3g} nats at worst"
     if replayed.within:
-        return Part(name=name, state=State.ok, says=f"{replayed.prompts} prompts, {far}")
+        return Part(name=name, state=State.ok, says=f"{counted(replayed.prompts, 'prompt')}, {far}")
     allowed = replayed.tolerance
     return Part(
         name=name,

@@ -27,6 +27,7 @@ from decal.training.precision import Precision
 from decal.training.state import Progress
 from decal.training.step import Backward, NotFinite, StepResult, backward, take_step
 from decal.training.watch import Advice, Watch
+from decal.words import counted
 
 OVERFLOWS = 20  # fp16: a scale that is still too large after halving 20 times will not be found
 
@@ -225,14 +226,21 @@ def _say_end(run: RunDir, done: Progress, config: TrainConfig, emit: Emit) -> No
         emit("stop", step=done.step, kept=done.kept, text=done.stopped)
         stopping.refuse_nothing(run, done, lr=config.lr)
     elif _enough(done, config):
-        emit("note", step=done.step, text=f"stopped early: {config.early_stopping} evaluations without a better loss")
+        emit(
+            "note",
+            step=done.step,
+            text=f"stopped early: {counted(config.early_stopping or 0, 'evaluation')} without a better loss",
+        )
 
 
 def _say_dead(model: nn.Module, emit: Emit) -> None:
     names = alive.without_gradient(model)
     if names:
         some = ", ".join(names[:3])
-        emit("note", text=f"{len(names)} trainable parameters got no gradient on the first step, such as {some}")
+        emit(
+            "note",
+            text=f"no gradient on the first step for {counted(len(names), 'trainable parameter')}, such as {some}",
+        )
 
 
 def _count(done: Progress, result: StepResult, seconds: float) -> None:

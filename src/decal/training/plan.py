@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from decal.errors import ConfigError
 from decal.spec import TrainConfig
+from decal.words import counted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +48,7 @@ def make(config: TrainConfig, *, steps_per_epoch: int | None, evaluates: bool) -
     if warmup >= steps:
         raise ConfigError(
             "train.warmup is not shorter than the run, so the learning rate would never be reached",
-            got=f"{warmup} of {steps} steps",
+            got=f"{warmup:,} of {counted(steps, 'step')}",
             fix="Give fewer warm-up steps, or a share of all steps below 1.",
         )
     epoch = steps_per_epoch or steps

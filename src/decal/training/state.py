@@ -30,6 +30,7 @@ from decal.errors import DecalError, RunError
 from decal.reading import because, read_json
 from decal.training.paged import Paged
 from decal.training.watch import Memory
+from decal.words import counted
 
 TRAINABLE, OPTIMIZER, RNG, STATE = "trainable.safetensors", "optimizer.safetensors", "rng.safetensors", "state.json"
 
@@ -185,7 +186,7 @@ def load_trainable(folder: Path, model: nn.Module) -> None:
 def _refuse(odd: list[str]) -> None:
     if odd:
         raise RunError(
-            f"the checkpoint does not fit the model: {len(odd)} parameters differ",
+            f"the checkpoint does not fit the model in {counted(len(odd), 'parameter')}",
             got=", ".join(odd[:3]),
             fix="Resume with the model and adapter settings that the run was started with.",
         )
