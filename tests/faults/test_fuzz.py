@@ -16,6 +16,7 @@ from tests.faults.fuzz import DEFECT, EQUAL, OTHER, REFUSED, fuzz, table
 )
 def test_no_damage_is_taken_silently_or_ends_in_another_exception(tmp_path: Path, cases: int, seed: int) -> None:
     done = fuzz(tmp_path, cases, seed)
+    print(table(done))
     assert [case for case in done if case.outcome == DEFECT] == [], table(done)
     counts = Counter(case.outcome for case in done)
     assert len(done) == cases

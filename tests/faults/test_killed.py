@@ -33,6 +33,7 @@ def run(*words: object, timeout: float) -> list[str]:
 def test_a_killed_run_resumes_to_the_same_bits(tmp_path: Path, cases: int) -> None:
     lines = run("tests.faults.killing", tmp_path, "--cases", cases, timeout=1400)
     *runs, sums = [json.loads(line) for line in lines]
+    print(sums)
     assert [run for run in runs if not (run["resumed"] and run["same"] and not run["litter"])] == []
     assert sums["runs"] == cases
     assert all(run["kills"] for run in runs)
@@ -40,4 +41,5 @@ def test_a_killed_run_resumes_to_the_same_bits(tmp_path: Path, cases: int) -> No
 
 def test_every_moment_between_two_file_operations_leaves_whole_checkpoints(tmp_path: Path) -> None:
     (moments,) = run("tests.faults.windows", tmp_path, timeout=100)
+    print(f"{moments} moments between two file operations")
     assert int(moments) > 50

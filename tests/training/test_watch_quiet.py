@@ -112,6 +112,16 @@ def test_made_up_healthy_curves_are_quiet(kind: str) -> None:
         assert of_kind(kind, seed) == [], seed
 
 
+@pytest.mark.slow
+def test_sixty_of_each_kind() -> None:
+    """docs/watch.md has these numbers."""
+    loud = {kind: sum(bool(of_kind(kind, seed)) for seed in range(60)) for kind in KINDS}
+    print(f"commented on, of 60 made-up runs of each kind: {loud}")
+    tails = loud.pop("heavy tails")  # one loss in eight times the usual cannot be told from a poisoned batch
+    assert set(loud.values()) == {0}
+    assert tails <= 8
+
+
 def of_kind(kind: str, seed: int) -> list[Advice]:
     losses, norms, levels = curve(kind, seed)
     draw = random.Random(seed)
