@@ -54,8 +54,9 @@ def random_model(folder: Path) -> Path:
 
 
 def job_of(model: Path, data: Path, folder: Path) -> Job:
+    rows_ = {"path": str(data), "limit": rows.LOOKED_AT}
     settings = {"device": "cpu", "steps": 100}
-    return prepare(RunConfig(model=str(model), data={"path": str(data), "limit": rows.LOOKED_AT}, train=settings, output=str(folder / "run")))
+    return prepare(RunConfig(model=str(model), data=rows_, train=settings, output=str(folder / "run")))
 
 
 def time_checks(job: Job) -> None:
