@@ -135,7 +135,7 @@ def measure(case: dict[str, Any], steps: int, profile: bool) -> dict[str, Any]:
     train = TrainConfig(lr=2e-4)
     optimizer = optim.build(model, train)
     ids = torch.randint(case_vocabulary(model), (case["rows"], case["seq"]), generator=torch.Generator().manual_seed(1))
-    group = [Batch(input_ids=ids, labels=ids, position_ids=None, samples=len(ids))]
+    group = [Batch(input_ids=ids, labels=ids, position_ids=None)]
     scaler = numbers.scaler()
     seconds, results = [], []
     with ExitStack() as stack:

@@ -32,7 +32,7 @@ MODES: tuple[Memory, ...] = ("keep", "recompute", "offload")
 
 def batch(rows: int = 2, length: int = 1024) -> Batch:
     ids = torch.randint(0, 2048, (rows, length), generator=torch.Generator().manual_seed(1))
-    return Batch(input_ids=ids, labels=ids, position_ids=None, samples=rows)
+    return Batch(input_ids=ids, labels=ids, position_ids=None)
 
 
 def made(quantize: str | None) -> nn.Module:

@@ -21,7 +21,6 @@ class Batch:
     input_ids: Tensor
     labels: Tensor
     position_ids: Tensor | None
-    samples: int
 
     @property
     def tokens(self) -> int:
@@ -39,5 +38,4 @@ class Batch:
             input_ids=self.input_ids.to(device),
             labels=self.labels.to(device),
             position_ids=None if self.position_ids is None else self.position_ids.to(device),
-            samples=self.samples,
         )

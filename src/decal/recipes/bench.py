@@ -126,7 +126,7 @@ def batch_of(work: Work, *, vocabulary: int) -> Batch:
     """Return the batch that is learnt again and again: random tokens, the same for every system."""
     generator = torch.Generator().manual_seed(work.seed + 1)
     ids = torch.randint(vocabulary, (work.rows, work.length), generator=generator)
-    return Batch(input_ids=ids, labels=ids, position_ids=None, samples=work.rows)
+    return Batch(input_ids=ids, labels=ids, position_ids=None)
 
 
 def timed(step: Callable[[], tuple[float, float]], work: Work, device: torch.device) -> dict[str, Any]:
