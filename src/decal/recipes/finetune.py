@@ -120,6 +120,7 @@ def train(
             resume=checkpoint,
             wrap=wrap,
             budget=spend,
+            decode=job.tokenizer.decode,
         )
 
 
