@@ -53,7 +53,8 @@ KERNELS = 30  # of a profile
 def cases() -> list[dict[str, Any]]:
     """Each work in every way to hold memory: all activations kept; recomputed from layer inputs; so, with the
 
-    embedding's table on the host; from inputs in host memory; both; within a budget of 8 GiB.
+    embedding's table on the host; from inputs in host memory; both; within a budget of 8 GiB. The first three with the
+    layers' products in 8-bit floats besides (`-fp8`).
     """
     works = [
         ("qlora-8b-4096x2", "8b", "nf4", 4096, 2),
@@ -61,7 +62,7 @@ def cases() -> list[dict[str, Any]]:
         ("lora-8b-2048x4", "8b", None, 2048, 4),
         ("qlora-70b-2048x1", "70b", "nf4", 2048, 1),
     ]
-    return [
+    exact = [
         {"name": name + ending, "shape": shape, "quantize": quantize, "seq": seq, "rows": rows, "memory": memory}
         for name, shape, quantize, seq, rows in works
         for ending, memory in (
@@ -74,6 +75,8 @@ def cases() -> list[dict[str, Any]]:
         )
         if (shape != "70b" or memory != "keep") and (ending != "-8gib" or (shape == "8b" and quantize == "nf4"))
     ]
+    narrow = [case for case in exact if not case["name"].endswith(("-offload", "-lean", "-8gib"))]
+    return exact + [{**case, "name": f"{case['name']}-fp8", "fp8": True} for case in narrow]
 
 
 CASES = cases()
@@ -123,7 +126,7 @@ def measure(case: dict[str, Any], steps: int, profile: bool) -> dict[str, Any]:
     from decal.training.step import backward, take_step
 
     device = torch.device(case.get("device", "cuda"))
-    numbers = precision.Precision(name="bf16", device=device)
+    numbers = precision.Precision(name="bf16", device=device, fp8=case.get("fp8", False))
     model = build(case["shape"], case["quantize"], device)
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     config = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
@@ -135,11 +138,12 @@ def measure(case: dict[str, Any], steps: int, profile: bool) -> dict[str, Any]:
     train = TrainConfig(lr=2e-4)
     optimizer = optim.build(model, train)
     ids = torch.randint(case_vocabulary(model), (case["rows"], case["seq"]), generator=torch.Generator().manual_seed(1))
-    group = [Batch(input_ids=ids, labels=ids, position_ids=None, samples=len(ids))]
+    group = [Batch(input_ids=ids, labels=ids, position_ids=None)]
     scaler = numbers.scaler()
     seconds, results = [], []
+    on_host = case["name"].removesuffix("-fp8").endswith(("-host", "-lean", "-8gib"))
     with ExitStack() as stack:
-        stack.enter_context(lean(model, embedding_on_host=case["name"].endswith(("-host", "-lean", "-8gib"))))
+        stack.enter_context(lean(model, embedding_on_host=on_host, fp8=numbers.fp8))
         graphs = Graphs(numbers, say=print_aside)
         run = graphs.backward if case.get("graphs", True) else backward
         spend, warm_up = None, WARM_UP

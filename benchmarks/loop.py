@@ -43,7 +43,7 @@ class Batches:
     def __iter__(self) -> Iterator[tuple[Batch, ...]]:
         while True:
             ids = torch.randint(3, self.vocabulary, (ROWS, LENGTH), generator=self.generator)
-            yield (Batch(input_ids=ids, labels=ids, position_ids=None, samples=ROWS),)
+            yield (Batch(input_ids=ids, labels=ids, position_ids=None),)
 
     def state_dict(self) -> dict[str, Any]:
         return {}

@@ -268,7 +268,7 @@ def run(case: Case, folder: Path, device: str) -> dict[str, Any]:
     if case.packed:
         half = case.length // 2
         positions = torch.cat([torch.arange(half), torch.arange(case.length - half)]).expand(ids.shape).contiguous()
-    batch = Batch(input_ids=ids, labels=ids, position_ids=positions, samples=case.rows)
+    batch = Batch(input_ids=ids, labels=ids, position_ids=positions)
     loaded = rss.resident()
     rss.reset_peak()
     if where.type == "cuda":

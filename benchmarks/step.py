@@ -110,7 +110,7 @@ def _decal_step(stack: ExitStack, *, stored: str) -> Any:
     optimizer = optim.build(model, config)
     precision = Precision(name="fp32", device=torch.device("cpu"))
     ids = _ids()
-    batch = Batch(input_ids=ids, labels=ids, position_ids=None, samples=4)
+    batch = Batch(input_ids=ids, labels=ids, position_ids=None)
 
     def step() -> float:
         result = take_step(

@@ -75,9 +75,11 @@ class TrainConfig(Settings):
     loraplus_lr_ratio: float | None = Field(
         default=None, gt=0, description="LoRA+: B learns this many times faster than A (16 is usual)."
     )
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+    precision: Literal["auto", "fp32", "bf16", "fp16", "fp8"] = Field(
         default="auto",
-        description="What is computed in; `auto`: bf16 or fp16 on a GPU, fp32 elsewhere (few CPUs are quick at bf16).",
+        description="What is computed in; `auto`: bf16 or fp16 on a GPU, fp32 elsewhere (few CPUs are quick at bf16); "
+        "`fp8`: bf16 with the layers' products in 8-bit floats, faster on Hopper cards and less exact "
+        "([performance.md](performance.md)).",
     )
     gradient_checkpointing: bool = Field(
         default=False, description="Layers are computed again in backward: less memory, more time, equal results."

@@ -168,11 +168,11 @@ class MeanOfRows(SFT):
     """The mean over a batch's tokens, given out for their sum: short rows weigh what long ones do."""
 
     def count(self, batch: Batch) -> int:
-        return batch.samples
+        return len(batch.input_ids)
 
     def __call__(self, model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
         total, count = super().__call__(model, batch)
-        return total / count * batch.samples, batch.samples
+        return total / count * len(batch.input_ids), len(batch.input_ids)
 
 
 @pytest.mark.parametrize(

@@ -83,7 +83,7 @@ def test_a_neighbour_never_reaches_into_a_sample(model: Any) -> None:
     assert torch.allclose(ours, swapped, rtol=0, atol=1e-6)
     alone = logits(model, collate([[kept]], pad_id=0))[0]
     assert torch.allclose(ours, alone, rtol=0, atol=1e-5)  # fp32, another order of sums
-    leaking = Batch(input_ids=first.input_ids, labels=first.labels, position_ids=None, samples=4)
+    leaking = Batch(input_ids=first.input_ids, labels=first.labels, position_ids=None)
     assert (logits(model, leaking)[0, 7:16] - alone).abs().max() > 0.01  # without the positions they would leak
 
 
@@ -92,7 +92,6 @@ def test_packed_loss_is_the_sum_of_the_samples_losses(model: Any) -> None:
     packed = collate([samples[:3], samples[3:]], pad_id=EOS)
     alone = [collate([[one]], pad_id=EOS) for one in samples]
     assert packed.loss_tokens == sum(batch.loss_tokens for batch in alone)
-    assert packed.samples == 5
     torch.testing.assert_close(loss_sum(model, packed), torch.stack([loss_sum(model, b) for b in alone]).sum())
 
 

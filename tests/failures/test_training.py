@@ -37,7 +37,7 @@ def test_25_an_adapter_on_the_head_trains_and_the_loss_says_how() -> None:
     ids = models.tokens()
     from decal.data.batch import Batch
 
-    summed, _ = loss(model, Batch(input_ids=ids, labels=ids, position_ids=None, samples=len(ids)))
+    summed, _ = loss(model, Batch(input_ids=ids, labels=ids, position_ids=None))
     summed.backward()  # type: ignore[no-untyped-call]
     (gradient,) = [p.grad for name, p in model.named_parameters() if "lm_head.lora_B" in name]
     assert gradient is not None

@@ -192,3 +192,18 @@ def test_a_step_out_of_memory_runs_again_with_less_and_says_when_nothing_is_left
     assert "a step ran out of memory and is run again with less kept" in said
     with pytest.raises(RunError, match="the budget cannot be met"):
         backward(*arguments, precision=numbers)
+
+
+def test_halved_micro_batches_are_planned_anew(swapped: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    card = Card(monkeypatch, fixed=5.8)
+    spent, said = spend(swapped, card, 6.5, monkeypatch)
+    for _ in range(WARM + SETTLED):
+        spent.stepped(lambda: None)
+    spent.tokens = 101
+    spent.halved()
+    card.fixed = 2.9  # half as many tokens at a time
+    for _ in range(WARM):
+        spent.stepped(lambda: None)
+    assert spent.tokens == 51
+    assert [layer.memory for layer in spent.layers] == ["keep", "keep"]
+    assert len(said) == 2

@@ -64,7 +64,7 @@ def test_dropout_is_off_and_every_module_gets_its_own_mode_back() -> None:
 
 def test_modes_come_back_after_an_error_too() -> None:
     model = models.make("llama").train()
-    crooked = [Batch(input_ids=torch.tensor([[1, 2]]), labels=torch.tensor([[1, 9999]]), position_ids=None, samples=1)]
+    crooked = [Batch(input_ids=torch.tensor([[1, 2]]), labels=torch.tensor([[1, 9999]]), position_ids=None)]
     with pytest.raises(DataError, match="outside the vocabulary"):
         evaluate(model, crooked, SFT(chunked=True))
     assert model.training
@@ -89,7 +89,6 @@ def test_nothing_to_measure_and_broken_weights_are_errors() -> None:
         input_ids=batch.input_ids,
         labels=torch.full_like(batch.labels, IGNORE),
         position_ids=None,
-        samples=batch.samples,
     )
     with pytest.raises(DataError, match="no token to measure"):
         evaluate(model, [empty], SFT(chunked=True))

@@ -253,7 +253,10 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_its_checkpoint(
     )
     with pytest.raises(RunError, match="loss is not finite") as raised:
         finetune(settings)
-    assert raised.value.fix == f"{change} The last whole checkpoint is step-3; other settings need a new --output."
+    assert raised.value.fix == (
+        f"{change} The step's rows are in not-finite/step-6.jsonl, 1 of 1 with no finite loss alone. "
+        "The last whole checkpoint is step-3; other settings need a new --output."
+    )
     with pytest.raises(RunError, match="--resume"):
         finetune(settings)
     (checkpoint,) = RunDir(folder / f"nan-{precision}").checkpoints()

@@ -19,7 +19,7 @@ def batch(learnt: int, rows: int = 2, length: int = 24) -> Batch:
     ids = models.tokens(rows, length)
     labels = ids.clone()
     labels[:, : length - learnt] = IGNORE
-    return Batch(input_ids=ids, labels=labels, position_ids=None, samples=rows)
+    return Batch(input_ids=ids, labels=labels, position_ids=None)
 
 
 @pytest.mark.parametrize("learnt", [1, 5, 24])

@@ -117,7 +117,7 @@ def test_a_gradient_that_is_not_finite_stops_too() -> None:
 
 def empty(batch: Batch) -> Batch:
     labels = torch.full_like(batch.labels, IGNORE)
-    return Batch(input_ids=batch.input_ids, labels=labels, position_ids=None, samples=batch.samples)
+    return Batch(input_ids=batch.input_ids, labels=labels, position_ids=None)
 
 
 def test_a_step_without_loss_tokens_is_refused_but_a_micro_batch_may_have_none() -> None:

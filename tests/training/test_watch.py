@@ -160,7 +160,7 @@ def test_each_thing_is_said_once_even_over_a_resume() -> None:
 
 def batch() -> Batch:
     ids = models.tokens(rows=4, length=16)
-    return Batch(input_ids=ids, labels=ids, position_ids=None, samples=4)
+    return Batch(input_ids=ids, labels=ids, position_ids=None)
 
 
 def walk(
@@ -267,7 +267,7 @@ def test_16_bit_adapters_at_a_small_rate_are_stalled_and_fp32_ones_are_not() -> 
 
 def test_some_poisoned_batches_are_seen_in_a_real_run() -> None:
     good = batch()
-    wrong = Batch(input_ids=good.input_ids, labels=good.labels.flip(0, 1).contiguous(), position_ids=None, samples=4)
+    wrong = Batch(input_ids=good.input_ids, labels=good.labels.flip(0, 1).contiguous(), position_ids=None)
     seen = walk(adapted(), 63, batches=lambda number: wrong if number >= 58 else good, lr=3e-2)
     assert seen["spike"].endswith(" at step 60: lower train.lr (0.03), to a tenth or less")
 

@@ -26,7 +26,7 @@ def untouched(job: Job, *, weights: bool = True) -> Iterator[None]:
     kept = [(p, p.detach().clone()) for p, moves in wanted.items() if moves] if weights else []
     kept += [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     try:
-        with _generators(job.numbers.device), lean(model):
+        with _generators(job.numbers.device), lean(model, fp8=job.numbers.fp8):
             yield
     finally:
         with torch.no_grad():

@@ -21,7 +21,6 @@ class Batch:
     input_ids: Tensor
     labels: Tensor
     position_ids: Tensor | None
-    samples: int
 
     @property
     def tokens(self) -> int:
@@ -39,5 +38,18 @@ class Batch:
             input_ids=self.input_ids.to(device),
             labels=self.labels.to(device),
             position_ids=None if self.position_ids is None else self.position_ids.to(device),
-            samples=self.samples,
         )
+
+    def parts(self, count: int) -> list[Batch]:
+        """Return its rows in `count` batches of about as many rows, in their order; fewer where it has fewer rows."""
+        positions = self.position_ids
+        return [
+            Batch(input_ids=ids, labels=labels, position_ids=where)
+            for ids, labels, where in zip(
+                self.input_ids.tensor_split(count),
+                self.labels.tensor_split(count),
+                [None] * count if positions is None else positions.tensor_split(count),
+                strict=True,
+            )
+            if len(ids)
+        ]

@@ -65,5 +65,4 @@ def collate(rows: Sequence[Sequence[Sample]], *, pad_id: int) -> Batch:
             start = end
         positions[number, start:] = torch.arange(width - start)
     single = all(len(row) == 1 for row in rows)
-    samples = sum(len(row) for row in rows)
-    return Batch(input_ids=ids, labels=labels, position_ids=None if single else positions, samples=samples)
+    return Batch(input_ids=ids, labels=labels, position_ids=None if single else positions)

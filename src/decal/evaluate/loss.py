@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -50,15 +52,17 @@ def evaluate(
     *,
     autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
 ) -> Evaluation:
-    """Return the mean loss over all loss tokens of `batches`, whatever their sizes."""
+    """Return the mean loss over all loss tokens of `batches`, whatever their sizes.
+
+    Where a card's memory is too small for a batch, it goes over its rows in halves.
+    """
     total, count = 0.0, 0
     with evaluating(model):
         for batch in batches:
             if batch.loss_tokens == 0:
                 continue
-            with autocast():
-                part, tokens = loss(model, batch)
-            total, count = total + float(part), count + tokens  # a Python float: fp64, whatever the set's size
+            part, tokens = _measure(model, batch, loss, autocast)
+            total, count = total + part, count + tokens
     if count == 0:
         raise DataError(
             "the evaluation set holds no token to measure", fix="Look at its ledger: the loss mask is empty."
@@ -70,3 +74,26 @@ def evaluate(
             fix="Lower train.lr: the weights have diverged.",
         )
     return Evaluation(loss=total / count, count=count)
+
+
+def _measure(
+    model: nn.Module, batch: Batch, loss: LossSum, autocast: Callable[[], AbstractContextManager[object]]
+) -> tuple[float, int]:
+    """Return the summed loss, as a Python float (fp64, whatever the set's size), and its count."""
+    try:
+        with autocast():
+            total, count = loss(model, batch)
+        return float(total), count
+    except torch.OutOfMemoryError:
+        if len(batch.input_ids) == 1:
+            raise
+    _say_halved()
+    halves = [_measure(model, half, loss, autocast) for half in batch.parts(2) if half.loss_tokens > 0]
+    return sum(total for total, _ in halves), sum(count for _, count in halves)
+
+
+@cache
+def _say_halved() -> None:
+    logging.getLogger("decal").warning(
+        "memory ran out while the loss was measured: such batches are measured in halves, with equal results but slower"
+    )

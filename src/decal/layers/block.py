@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from decal.errors import RunError
 from decal.layers import adapted
 from decal.layers.adapted import AdaptedLinear
 from decal.layers.coded import CodedBase, CodedLinear
@@ -19,6 +20,7 @@ from decal.layers.seams import Base
 from decal.layers.shelf import Shelf
 from decal.ops import fuse, select
 from decal.ops.block import Block, Memory, layer
+from decal.ops.fp8 import ALIGNED, Group8
 from decal.ops.products import Group, Product
 
 # Classes of transformers whose forward pass is ops/block.py's, with RoPE over whole heads.
@@ -42,6 +44,7 @@ class LeanBlock(nn.Module):
         self.shelf = shelf
         offloads = getattr(original, "offloads_checkpoint", False)
         self.memory: Memory = ("offload" if offloads else "recompute") if original.gradient_checkpointing else "keep"
+        self.fp8 = False
         self.masked = True  # whether the last call brought a mask: without one attention is causal
         self.activation = str(original.mlp.config.hidden_act)
 
@@ -54,6 +57,12 @@ class LeanBlock(nn.Module):
         self.masked = given.get("attention_mask") is not None
         block = self.block(hidden_states, given)
         if block is None:
+            if self.fp8 and self.training and torch.is_grad_enabled():
+                raise RunError(
+                    "a decoder layer cannot train in fp8 as it is called here",
+                    got=f"attention by {self.self_attn.config._attn_implementation}",  # type: ignore[union-attr]
+                    fix="Use train.precision=auto, or attention by sdpa.",
+                )
             self.original.training = self.training
             out: Tensor = self.original(hidden_states, **given)
             return out
@@ -95,13 +104,10 @@ class LeanBlock(nn.Module):
             or attention.attention_dropout > 0
         ):
             return None
-        rows = x.numel() // x.shape[-1]
-        products = [_product(linear, x.dtype) for linear in self.linears()]
-        found = [product for product in products if product is not None]
-        if len(found) < len(products):
+        found = self.products(x.dtype)
+        if found is None:
             return None
-        merged = [_merges(linear, rows, x) for linear in self.linears()]
-        groups = [Group(tuple(found[part]), all(merged[part])) for part in GROUPS]
+        groups = [Group8(tuple(found[part]), True) for part in GROUPS] if self.fp8 else self._groups(found, x)
         return Block(
             qkv=groups[0],
             o=groups[1],
@@ -117,6 +123,25 @@ class LeanBlock(nn.Module):
             memory=self.memory,
             shelf=self.shelf,
         )
+
+    def products(self, dtype: torch.dtype) -> list[Product] | None:
+        """Return the frozen weights; None if the one function cannot use one of them, or its adapters."""
+        products = [_product(linear, dtype) for linear in self.linears()]
+        found = [product for product in products if product is not None]
+        return found if len(found) == len(products) else None
+
+    def why_not_fp8(self, dtype: torch.dtype) -> str | None:
+        """Return why the layer's products cannot be computed in 8-bit floats; None if they can."""
+        found = self.products(dtype)
+        if found is None:
+            return "it needs one plain LoRA adapter on frozen weights, without dropout and without DoRA"
+        uneven = [p for p in found if p.inputs % ALIGNED or p.outputs % ALIGNED]
+        return f"its widths must be multiples of {ALIGNED}" if uneven else None
+
+    def _groups(self, found: list[Product], x: Tensor) -> list[Group]:
+        rows = x.numel() // x.shape[-1]
+        merged = [_merges(linear, rows, x) for linear in self.linears()]
+        return [Group(tuple(found[part]), all(merged[part])) for part in GROUPS]
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, *, mask: Any) -> Tensor:
         module: Any = self.self_attn

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from decal.errors import ConfigError
 from decal.layers.block import LeanBlock, block_of
 from decal.layers.host_embedding import HostEmbedding, host_of
 from decal.layers.lean import LeanGatedMLP, LeanRMSNorm, lean_of
@@ -20,16 +21,16 @@ Lean = LeanBlock | HostEmbedding | LeanGatedMLP | LeanRMSNorm
 
 
 @contextmanager
-def lean(model: nn.Module, *, embedding_on_host: bool = False) -> Iterator[int]:
+def lean(model: nn.Module, *, embedding_on_host: bool = False, fp8: bool = False) -> Iterator[int]:
     """Swap the lean forms in for the time of the block; yields how many. The model afterwards is the very same.
 
-    With `embedding_on_host` the table of the input embedding lies in host memory meanwhile.
+    With `embedding_on_host` the table of the input embedding lies in host memory meanwhile; with `fp8` (see
+    `require_fp8`) decoder layers compute their products in 8-bit floats where they train.
     """
     swapped: list[tuple[str, Lean]] = []
     shelf = Shelf()
     one_function = fuse.on(next(model.parameters()).device)
-    unwrap: Any = getattr(model, "get_base_model", None)
-    inner: Any = model if unwrap is None else unwrap()
+    inner = _inner(model)
     table = inner.get_input_embeddings() if embedding_on_host else None
     for name, module in list(model.named_modules()):
         new: Lean | None = lean_of(module)
@@ -37,6 +38,8 @@ def lean(model: nn.Module, *, embedding_on_host: bool = False) -> Iterator[int]:
             new = host_of(module, inner.get_output_embeddings())
         if new is None and one_function:
             new = block_of(module, shelf)
+            if new is not None:
+                new.fp8 = fp8
         if new is not None:
             new.train(module.training)
             place(model, name, new)
@@ -49,7 +52,28 @@ def lean(model: nn.Module, *, embedding_on_host: bool = False) -> Iterator[int]:
             place(model, name, original.train(new.training))
 
 
-BODIES = {"LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model"}  # of transformers: an embedding, layers and a norm
+def require_fp8(model: nn.Module, dtype: torch.dtype) -> None:
+    """Raise ConfigError unless all decoder layers can compute their products in 8-bit floats, from `dtype`."""
+    shelf, was = Shelf(), model.training
+    blocks = [block for module in model.modules() if (block := block_of(module, shelf)) is not None]
+    layers = getattr(_inner(model).base_model, "layers", ())
+    model.train()  # where dropout shows
+    reason = next((why for block in blocks if (why := block.why_not_fp8(dtype)) is not None), None)
+    model.train(was)
+    if len(blocks) < max(1, len(layers)):
+        reason = f"its decoder layers must be those of {', '.join(FAMILIES)}"
+    if reason is not None:
+        raise ConfigError(f"this model cannot train in fp8: {reason}", fix="Use train.precision=auto.")
+
+
+FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3")
+BODIES = {f"{family}Model" for family in FAMILIES}  # of transformers: an embedding, layers and a norm
+
+
+def _inner(model: nn.Module) -> Any:
+    """Return the transformers model, adapted or not."""
+    unwrap: Any = getattr(model, "get_base_model", None)
+    return model if unwrap is None else unwrap()
 
 
 def in_one_function(body: Any, length: int) -> bool:
@@ -89,5 +113,5 @@ def general_note(model: nn.Module) -> str | None:
         return None
     return (
         "this model's layers run in their general form, with equal results, slower and with more memory: the quick one "
-        f"is for {', '.join(sorted(name.removesuffix('Model') for name in BODIES))} with a frozen base"
+        f"is for {', '.join(FAMILIES)} with a frozen base"
     )

@@ -260,7 +260,7 @@ def batch(wanted: Wanted) -> Batch:
         half = wanted.length // 2
         row = torch.cat([torch.arange(half), torch.arange(wanted.length - half)])
         positions = row.expand(shape).contiguous()
-    return Batch(input_ids=ids, labels=labels, position_ids=positions, samples=shape[0])
+    return Batch(input_ids=ids, labels=labels, position_ids=positions)
 
 
 def _edges(model: Any) -> list[nn.Parameter]:

@@ -18,7 +18,7 @@ from torch import nn
 
 from decal.data.batch import Batch
 from decal.errors import RunError
-from decal.model.lean import lean
+from decal.model.lean import lean, require_fp8
 from decal.model.random import random_model
 from decal.model.wrapper import PeftModel
 from decal.ops import workspace
@@ -46,7 +46,7 @@ class Work:
     lr: float = 1e-3  # large enough for the loss on one repeated batch to fall within a few steps
     steps: int = 6
     device: str = "auto"
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    precision: Literal["auto", "fp32", "bf16", "fp16", "fp8"] = "auto"
     seed: int = 0
 
     @property
@@ -95,6 +95,8 @@ def bench(work: Work) -> Bench:
         LoraConfig(r=work.rank, lora_alpha=2 * work.rank, target_modules="all-linear", task_type=TaskType.CAUSAL_LM),
         generator=torch.Generator().manual_seed(work.seed),
     )
+    if numbers.fp8:
+        require_fp8(model, numbers.dtype)
     if work.recompute:
         model.gradient_checkpointing_enable()
     model.train()
@@ -107,14 +109,14 @@ def bench(work: Work) -> Bench:
         result = take_step(model, [batch], loss, optimizer, scaler, precision=numbers, limit=math.inf)
         return result.loss, result.grad_norm
 
-    with lean(model):
+    with lean(model, fp8=numbers.fp8):
         figures = timed(step, work, numbers.device)
         parts = parts_of(model, batch, loss, optimizer, numbers)
     workspace.release()
     return Bench(
         system="decal",
         device=device_name(numbers.device),
-        precision=numbers.name,
+        precision=numbers.setting,
         flops=model_flops(model, work),
         rate=rate,
         parts=parts,
@@ -126,7 +128,7 @@ def batch_of(work: Work, *, vocabulary: int) -> Batch:
     """Return the batch that is learnt again and again: random tokens, the same for every system."""
     generator = torch.Generator().manual_seed(work.seed + 1)
     ids = torch.randint(vocabulary, (work.rows, work.length), generator=generator)
-    return Batch(input_ids=ids, labels=ids, position_ids=None, samples=work.rows)
+    return Batch(input_ids=ids, labels=ids, position_ids=None)
 
 
 def timed(step: Callable[[], tuple[float, float]], work: Work, device: torch.device) -> dict[str, Any]:

@@ -102,7 +102,7 @@ def train(
     config, device = job.config, job.numbers.device
     on_host = budget.wants_embedding_on_host(job.model, config, device)
     with (
-        lean(job.model, embedding_on_host=on_host),  # equal results, less kept for backward
+        lean(job.model, embedding_on_host=on_host, fp8=job.numbers.fp8),  # less kept for backward
         budget.spent(job.model, config, device, lambda text: report("note", text=text)) as spend,
     ):
         if (slower := general_note(job.model)) is not None:
@@ -120,6 +120,7 @@ def train(
             resume=checkpoint,
             wrap=wrap,
             budget=spend,
+            decode=job.tokenizer.decode,
         )
 
 

@@ -94,7 +94,7 @@ def peft_bench(work: Work, *, liger: bool, rate: float) -> Bench:
     return Bench(
         system="peft+liger" if liger else "peft",
         device=bench.device_name(numbers.device),
-        precision=numbers.name,
+        precision=numbers.setting,
         flops=0.0,  # the same work: decal's figure holds
         rate=rate,
         parts=dict(parts),

@@ -44,6 +44,10 @@ def parse(text: str) -> int:
     return int(float(found[1]) * UNITS[found[2].lower()])
 
 
+class NoRoom(RunError):
+    """A step needs more than its budget, whatever is kept; smaller micro-batches may do (training/halving.py)."""
+
+
 @dataclass(frozen=True)
 class Plan:
     """How many layers keep everything (the last ones), and how many of the others keep their input on the card."""
@@ -154,6 +158,11 @@ class Budget:
 
         return backward
 
+    def halved(self) -> None:
+        """Note that micro-batches have half the tokens from here on: what is kept is chosen anew by what they take."""
+        self.tokens = -(-self.tokens // 2)
+        self.steps = 0
+
     def stepped(self, forget: Callable[[], object]) -> None:
         """Note a finished step; make or correct the plan where it is time."""
         self.steps += 1
@@ -184,15 +193,14 @@ class Budget:
         )
 
     def _less(self) -> None:
-        """Keep less than now. Raises RunError where nothing is left to give up."""
+        """Keep less than now. Raises NoRoom where nothing is left to give up."""
         if self.plan.keep == 0 and self.plan.inputs == 0:
             least = torch.cuda.max_memory_reserved(self.device) + self.context
-            raise RunError(
+            raise NoRoom(
                 "the budget cannot be met: with every layer computed again and its input in host memory a step still "
                 "needs more",
                 got=f"train.memory={self.limit / GIB:.2f} GiB, and more than {least / GIB:.2f} GiB asked for",
-                fix="Halve train.micro_batch and double train.accumulate; shorten data.max_length; or use "
-                "train.optimizer=adamw8bit or quantize=nf4.",
+                fix="Shorten data.max_length, or use train.optimizer=adamw8bit or quantize=nf4.",
             )
         down = max(1, self.plan.keep // 8)
         plan = Plan(self.plan.keep - down, self.plan.inputs) if self.plan.keep else Plan(0, self.plan.inputs // 2)

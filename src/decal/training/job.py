@@ -16,6 +16,7 @@ from decal.data.prepare import Prepared
 from decal.data.samples import Samples
 from decal.errors import ConfigError
 from decal.model import quantized, rows
+from decal.model.lean import require_fp8
 from decal.model.load import load_model, load_tokenizer
 from decal.model.wrapper import PeftModel
 from decal.rundir import RunDir
@@ -67,6 +68,8 @@ def prepare(config: RunConfig, *, resumed: RunDir | None = None, before_weights:
     if before_weights is not None:
         before_weights(config, numbers, batches, held_out)
     model = trainable_model(config, numbers)
+    if numbers.fp8:
+        require_fp8(model, numbers.dtype)
     notes = [*quantized.storage(model), *getattr(model, "notes", ()), *cautions(config, numbers)]
     loss = losses.LOSSES[config.train.loss](model, notes.append)
     if (missing := rows.check(model, tokenizer, data.train if isinstance(data.train, Samples) else ())) is not None:

@@ -16,7 +16,7 @@ from decal.data.batch import Batch
 from decal.errors import RunError
 from decal.rundir import RunDir
 from decal.spec import TrainConfig
-from decal.training import alive, optim, plan, state, stopping
+from decal.training import alive, halving, not_finite, optim, plan, state, stopping
 from decal.training.budget import Budget
 from decal.training.graphs import Graphs
 from decal.training.interrupt import Interrupted, listening
@@ -76,21 +76,25 @@ def train(
     resume: Path | None = None,
     wrap: Callable[[nn.Module], nn.Module] = identity,
     budget: Budget | None = None,
+    decode: not_finite.Decode | None = None,
 ) -> Progress:
     """Train the model's trainable parameters in place and return how far it came.
 
     `evaluate` measures the model on held-out data; `save_adapter` adds the adapter's own format to each checkpoint;
-    `resume` is a checkpoint to go on from, `budget` bounds a card's memory. Raises Interrupted after a signal, once the
-    step under way is saved; RunError if nothing can be learnt or the loss is not finite. With `train.auto_stop` a run
-    that diverges ends there, and `stopped` and `kept` of what is returned say why and with which weights.
+    `resume` is a checkpoint to go on from, `budget` bounds a card's memory, `decode` makes text of token ids. Raises
+    Interrupted after a signal, once the step under way is saved; RunError if nothing can be learnt or the loss is not
+    finite. With `train.auto_stop` a run that diverges ends there, and `stopped` and `kept` of what is returned say why
+    and with which weights.
     """
     model = wrap(model)
     todo = plan.make(config, steps_per_epoch=batches.steps_per_epoch, evaluates=evaluate is not None)
     done, scaler = Progress(), precision.scaler()
     optimizer = optim.build(model, config, say=lambda text: emit("note", text=text))
     graphs = Graphs(precision, say=lambda text: emit("note", text=text))
-    run_backward = _way_back(config.cuda_graphs and wrap is identity, graphs, budget, optimizer)
-    step = partial(take_step, precision=precision, limit=config.max_grad_norm, run=run_backward)
+    note = partial(_note, done, emit)
+    way = _way_back(config, graphs, budget, optimizer, done, note) if wrap is identity else backward
+    step = partial(take_step, precision=precision, limit=config.max_grad_norm, run=way)
+    keep_rows = partial(not_finite.write, run, model=model, loss=loss, precision=precision, decode=decode)
     job = state.Training(model=model, optimizer=optimizer, scaler=scaler, batches=batches, progress=done)
     if resume is not None:
         state.load(resume, job)
@@ -110,7 +114,7 @@ def train(
             share = optim.SCHEDULES[config.schedule](done.step, todo.warmup, todo.steps)
             optim.set_lr(optimizer, share)
             inspect = partial(_say_dead, model, emit) if done.step == first else None
-            with _diverging(run, watch, done, config, precision, emit):
+            with _diverging(run, watch, done, config, precision, partial(keep_rows, done.step + 1, group), emit):
                 result = step(model, group, loss, optimizer, scaler, inspect=inspect)
             if done.stopped:
                 break
@@ -132,15 +136,45 @@ def train(
             clock = time.perf_counter()
     if stop.asked and not done.stopped and (done.step < todo.steps or _owed(done, todo)):
         raise Interrupted(step=done.step, run=run.path)
-    _say_end(run, done, config, emit)
+    _say_stopped(run, done, config, emit)
     return done
 
 
-def _way_back(recorded: bool, graphs: Graphs, budget: Budget | None, optimizer: torch.optim.Optimizer) -> Backward:
-    """Return how gradients come about: launched or replayed, and within a budget."""
+def _say_stopped(run: RunDir, done: Progress, config: TrainConfig, emit: Emit) -> None:
+    """Say why a run ended before its time. Raises RunError if nothing of it is kept."""
+    if done.stopped:
+        emit("stop", step=done.step, kept=done.kept, text=done.stopped)
+        stopping.refuse_nothing(run, done, lr=config.lr)
+    elif _enough(done, config):
+        worse = counted(done.worse, "evaluation")
+        emit("note", step=done.step, text=f"stopped early: {worse} without a better loss")
+
+
+def _way_back(
+    config: TrainConfig,
+    graphs: Graphs,
+    budget: Budget | None,
+    optimizer: torch.optim.Optimizer,
+    done: Progress,
+    note: Callable[[str], object],
+) -> Backward:
+    """Return how gradients come about in a process alone: launched or replayed, within a budget, in parts that fit."""
     # A paged optimizer looks at the card's memory in every backward pass, which a replay would not let it do.
-    run = graphs.backward if recorded and not isinstance(optimizer, Paged) else backward
-    return run if budget is None else budget.guarded(run, graphs.forget)
+    run = graphs.backward if config.cuda_graphs and not isinstance(optimizer, Paged) else backward
+    if budget is not None:
+        run = budget.guarded(run, graphs.forget)
+    return halving.guarded(run, done, say=note, forget=partial(_halved, graphs, budget))
+
+
+def _halved(graphs: Graphs, budget: Budget | None) -> None:
+    graphs.forget()
+    if budget is not None:
+        budget.halved()
+
+
+def _note(done: Progress, emit: Emit, text: str) -> None:
+    """Note something about the step under way."""
+    emit("note", step=done.step + 1, text=text)
 
 
 def _owed(done: Progress, todo: Plan) -> bool:
@@ -190,15 +224,24 @@ def _save(
 
 @contextmanager
 def _diverging(
-    run: RunDir, watch: Watch, done: Progress, config: TrainConfig, precision: Precision, emit: Emit
+    run: RunDir,
+    watch: Watch,
+    done: Progress,
+    config: TrainConfig,
+    precision: Precision,
+    keep_rows: Callable[[], str],
+    emit: Emit,
 ) -> Iterator[None]:
     """Let the error of a step that is not finite say what fits this run: what to change, and what is left of it.
 
-    With `auto_stop` there is no error while a checkpoint from before is left: `done` says then that the run stopped.
+    `keep_rows` writes the step's rows down and says where. With `auto_stop` there is no error while a checkpoint from
+    before is left: `done` says then that the run stopped.
     """
     try:
         yield
     except NotFinite as error:
+        rows = keep_rows()
+        _note(done, emit, rows)
         since = watch.began_badly or done.step + 1
         if config.auto_stop:
             stopping.stop(run, done, watch, since=since, why=f"the {error.name} of step {done.step + 1} was not finite")
@@ -217,20 +260,7 @@ def _diverging(
             if whole
             else f"No checkpoint was written: delete {run.path} before you start again there"
         )
-        raise NotFinite(error.name, error.value, fix=f"{change}. {left}.") from None
-
-
-def _say_end(run: RunDir, done: Progress, config: TrainConfig, emit: Emit) -> None:
-    """Say why a run ended before its time. Raises RunError if nothing of it is kept."""
-    if done.stopped:
-        emit("stop", step=done.step, kept=done.kept, text=done.stopped)
-        stopping.refuse_nothing(run, done, lr=config.lr)
-    elif _enough(done, config):
-        emit(
-            "note",
-            step=done.step,
-            text=f"stopped early: {counted(config.early_stopping or 0, 'evaluation')} without a better loss",
-        )
+        raise NotFinite(error.name, error.value, fix=f"{change}. {rows}. {left}.") from None
 
 
 def _say_dead(model: nn.Module, emit: Emit) -> None:

@@ -27,7 +27,7 @@ def facts(job: Job) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
         "device_type": device.type,
         "threads": torch.get_num_threads(),
-        "precision": job.numbers.name,
+        "precision": job.numbers.setting,
         "parameters": {"trainable": trainable, "total": total, "percent": 100 * trainable / total},
         "data": job.data.ledger.to_dict(),
         "evaluation": None if job.data.eval_ledger is None else job.data.eval_ledger.to_dict(),

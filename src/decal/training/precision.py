@@ -12,15 +12,25 @@ import torch
 from decal.errors import ConfigError
 from decal.model import devices
 
-Name = Literal["auto", "fp32", "bf16", "fp16"]
+Name = Literal["auto", "fp32", "bf16", "fp16", "fp8"]
+FP8_FROM = (9, 0)  # compute capability: Hopper
 
 
 @dataclass(frozen=True, kw_only=True)
 class Precision:
-    """What autocast computes in on `device`; fp32 means that there is no autocast."""
+    """What autocast computes in on `device`; fp32 means that there is no autocast.
+
+    With `fp8` decoder layers compute their products in 8-bit floats where they train (ops/fp8.py).
+    """
 
     name: Literal["fp32", "bf16", "fp16"]
     device: torch.device
+    fp8: bool = False
+
+    @property
+    def setting(self) -> Name:
+        """What `train.precision` says for this."""
+        return "fp8" if self.fp8 else self.name
 
     @property
     def dtype(self) -> torch.dtype:
@@ -44,6 +54,15 @@ def resolve(name: Name, device: torch.device) -> Precision:
         name = "fp32"
         if device.type == "cuda":
             name = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    elif name == "fp8":
+        here = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+        if here is None or here < FP8_FROM:
+            raise ConfigError(
+                "fp8 trains on a CUDA card of compute capability 9.0 (Hopper) or later only",
+                got=device if here is None else f"{torch.cuda.get_device_name(device)}, {here[0]}.{here[1]}",
+                fix="Use train.precision=auto.",
+            )
+        return Precision(name="bf16", device=device, fp8=True)
     elif name == "fp16" and device.type != "cuda":
         raise ConfigError("fp16 trains on a CUDA device only", got=str(device), fix="Use train.precision=auto.")
     return Precision(name=name, device=device)

@@ -56,6 +56,7 @@ class Progress:
     best_step: int | None = None
     worse: int = 0  # evaluations since the best one
     skipped: int = 0  # fp16 steps in a row whose gradient overflowed
+    cut: int = 1  # parts that each micro-batch is cut into, since memory ran out
     watch: Memory = field(default_factory=Memory)
     stopped: str | None = None  # why the run was ended before its time, and the step whose weights it falls back on
     kept: int | None = None
