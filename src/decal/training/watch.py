@@ -22,7 +22,7 @@ from decal.words import counted
 
 LOOKS = (3, 10, 30, 100)  # steps after which the weights are read, then every hundredth: below 0.1% of the time
 PATIENT = 30  # steps: an expert that no token was sent to in three steps is nothing odd
-STALLED = 0.3  # of the entries. In bf16 at 2e-5 it is 50 to 81%, at 2e-4 below 1%
+STALLED = 0.3  # of the entries. In bf16 89% of A at 2e-5, 14% at 2e-4; in fp32 none (docs/watch.md)
 GAP = 20  # steps between two looks from which `stalled` may be told
 NEAR_TOP = 0.5  # of the highest rate: at the ends of a schedule every rate is small
 USUAL = {"lora": (1e-4, 5e-4), "full": (1e-5, 1e-4)}  # learning rates of large models; small ones bear more
