@@ -24,6 +24,7 @@ from decal.reading import because, one_line, parse_json, read_json, reading
 RUN, MANIFEST, EVENTS, CHECKPOINTS = "run.yaml", "manifest.json", "events.jsonl", "checkpoints"
 ADAPTER, MODEL, REPORT = "adapter", "model", "report.html"
 NAMED = re.compile(r"step-\d+")  # the folders among the checkpoints that are any
+LONGEST_NUMBER = 24  # digits
 COMPLETE = "complete.json"  # written last into a checkpoint; a folder without it is never resumed from
 
 
@@ -186,7 +187,7 @@ def altered(folder: Path, names: Iterable[str]) -> tuple[Path, str] | None:
         files = {name: (int(facts["bytes"]), str(facts["sha256"])) for name, facts in said["files"].items()}
         if said["step"] != step_of(folder):
             raise ValueError("it is of another step")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         return folder / COMPLETE, because(error)
     now = contents(folder)
     for name in dict.fromkeys((*names, *files)):
@@ -196,7 +197,8 @@ def altered(folder: Path, names: Iterable[str]) -> tuple[Path, str] | None:
             return folder / name, "it is gone"
         if (now[name]["bytes"], now[name]["sha256"]) != files[name]:
             size, whole = now[name]["bytes"], files[name][0]
-            return folder / name, "other bytes than were written" if size == whole else f"{size} of {whole} bytes"
+            told = f"{size} of {one_line(str(whole), LONGEST_NUMBER)} bytes"  # a damaged list holds any number
+            return folder / name, "other bytes than were written" if size == whole else told
     return None
 
 

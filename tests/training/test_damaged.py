@@ -189,6 +189,20 @@ def test_the_best_checkpoint_is_looked_at_before_the_run_goes_on(crashed: Path, 
         finetune(config(crashed.parent, output=str(run)), resume=True)
 
 
+@pytest.mark.parametrize(
+    ("size", "why"),
+    [(10**300, "[0-9]+ of 1000000000000+ [.]{3} bytes"), (float("inf"), "OverflowError: cannot convert float .*")],
+)
+def test_a_size_beyond_all_sense_is_told_in_a_line(crashed: Path, tmp_path: Path, size: float, why: str) -> None:
+    last = Path(shutil.copytree(crashed, tmp_path / "run")) / "checkpoints" / "step-4"
+    said = {"step": 4, "files": listed(last)}
+    said["files"]["rng.safetensors"]["bytes"] = size
+    (last / "complete.json").write_text(json.dumps(said))
+    with pytest.raises(RunError, match=rf"of the checkpoint step-4 is damaged or missing \({why}\)") as raised:
+        state.check(last)
+    assert len(raised.value.what) < 160
+
+
 def listed(checkpoint: Path) -> dict[str, Any]:
     """Return what complete.json lists, anew."""
     (checkpoint / "complete.json").unlink()
