@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -20,6 +21,7 @@ from decal.layers.seams import Base
 from decal.layers.shelf import Shelf
 from decal.ops import fuse, select
 from decal.ops.block import Block, Memory, layer
+from decal.ops.dropout import Drop
 from decal.ops.fp8 import ALIGNED, Group8
 from decal.ops.products import Group, Product
 
@@ -107,6 +109,10 @@ class LeanBlock(nn.Module):
         found = self.products(x.dtype)
         if found is None:
             return None
+        found = [
+            replace(product, drop=_drop(linear, x.device))
+            for product, linear in zip(found, self.linears(), strict=True)
+        ]
         groups = [Group8(tuple(found[part]), True) for part in GROUPS] if self.fp8 else self._groups(found, x)
         return Block(
             qkv=groups[0],
@@ -133,14 +139,17 @@ class LeanBlock(nn.Module):
     def why_not_fp8(self, dtype: torch.dtype) -> str | None:
         """Return why the layer's products cannot be computed in 8-bit floats; None if they can."""
         found = self.products(dtype)
-        if found is None:
+        if found is None or any(_drop(linear, torch.device("cpu")) is not None for linear in self.linears()):
             return "it needs one plain LoRA adapter on frozen weights, without dropout and without DoRA"
         uneven = [p for p in found if p.inputs % ALIGNED or p.outputs % ALIGNED]
         return f"its widths must be multiples of {ALIGNED}" if uneven else None
 
     def _groups(self, found: list[Product], x: Tensor) -> list[Group]:
         rows = x.numel() // x.shape[-1]
-        merged = [_merges(linear, rows, x) for linear in self.linears()]
+        merged = [
+            product.drop is None and _merges(linear, rows, x)
+            for product, linear in zip(found, self.linears(), strict=True)
+        ]
         return [Group(tuple(found[part]), all(merged[part])) for part in GROUPS]
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, *, mask: Any) -> Tensor:
@@ -186,13 +195,19 @@ def _eps(norm: Any) -> float:
 
 
 def _adapter(linear: AdaptedLinear) -> LinearLoRA | None:
-    """Return the only adapter that is on, where it is plain LoRA without dropout."""
+    """Return the only adapter that is on, where it is plain LoRA."""
     switch = linear.switch
     on = switch.on(linear.adapters)
     if switch.routing is not None or len(on) != 1:
         return None
     adapter = linear.adapters[on[0]]
-    return adapter if type(adapter) is LinearLoRA and not adapter.draws_dropout else None
+    return adapter if type(adapter) is LinearLoRA else None
+
+
+def _drop(linear: nn.Module, device: torch.device) -> Drop | None:
+    """Return what the layer's adapter drops of its input in this pass."""
+    adapter = _adapter(linear) if isinstance(linear, AdaptedLinear) else None
+    return adapter.drop(device) if adapter is not None and adapter.draws_dropout else None
 
 
 def _factors(linear: nn.Module) -> tuple[Tensor | None, Tensor | None]:
