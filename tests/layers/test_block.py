@@ -49,7 +49,7 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 @pytest.mark.parametrize("merge_rows", [1, 10**6], ids=["merged", "apart"])
 @pytest.mark.parametrize("memory", ["keep", "recompute", "offload"])
-@pytest.mark.parametrize("kind", ["llama", "llama-biased", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("kind", ["llama", "llama-biased", "mistral", "qwen2", "qwen3", "gemma", "gemma3", "phi3"])
 def test_same_loss_and_gradients(
     kind: str, memory: str, merge_rows: int, runs: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

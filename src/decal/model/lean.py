@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from decal.errors import ConfigError
 from decal.layers.adapted import AdaptedLinear
-from decal.layers.block import LeanBlock, block_of
+from decal.layers.block import FAMILIES, LeanBlock, block_of
 from decal.layers.host_embedding import HostEmbedding, host_of
 from decal.layers.lean import LeanGatedMLP, LeanRMSNorm, lean_of
 from decal.layers.shelf import Shelf
@@ -73,8 +73,7 @@ def require_fp8(model: nn.Module, dtype: torch.dtype) -> None:
         raise ConfigError(f"this model cannot train in fp8: {reason}", fix="Use train.precision=auto.")
 
 
-FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3")
-BODIES = {f"{family}Model" for family in FAMILIES}  # of transformers: an embedding, layers and a norm
+BODIES = {"LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model"}  # of transformers: an embedding, layers and a norm
 
 
 def _inner(model: nn.Module) -> Any:
