@@ -47,6 +47,17 @@ MAKERS: dict[str, Callable[[], nn.Module]] = {
     "mistral": lambda: _causal("Mistral", tie_word_embeddings=False),
     "gemma": lambda: _causal("Gemma", head_dim=8, tie_word_embeddings=True),
     "gemma2": lambda: _causal("Gemma2", head_dim=8, query_pre_attn_scalar=8, tie_word_embeddings=True),
+    "gemma3": lambda: transformers.Gemma3ForCausalLM(
+        transformers.Gemma3TextConfig(
+            **SIZES,
+            head_dim=8,
+            query_pre_attn_scalar=8,
+            sliding_window=16,
+            layer_types=["sliding_attention", "full_attention"],
+            tie_word_embeddings=True,
+        )
+    ),
+    "phi3": lambda: _causal("Phi3", tie_word_embeddings=False),
     "gpt2": lambda: transformers.GPT2LMHeadModel(transformers.GPT2Config(**GPT2_SIZES)),
     "gpt2-untied": lambda: transformers.GPT2LMHeadModel(
         transformers.GPT2Config(**GPT2_SIZES, tie_word_embeddings=False)

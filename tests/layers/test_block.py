@@ -49,7 +49,7 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 @pytest.mark.parametrize("merge_rows", [1, 10**6], ids=["merged", "apart"])
 @pytest.mark.parametrize("memory", ["keep", "recompute", "offload"])
-@pytest.mark.parametrize("kind", ["llama", "llama-biased", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("kind", ["llama", "llama-biased", "mistral", "qwen2", "qwen3", "gemma", "gemma3", "phi3"])
 def test_same_loss_and_gradients(
     kind: str, memory: str, merge_rows: int, runs: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -126,7 +126,28 @@ def test_some_layers_without_an_adapter(
         torch.testing.assert_close(gradient, expected[name], rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("settings", [{"lora_dropout": 0.1}, {"use_dora": True}, {"init_lora_weights": "olora"}])
+@pytest.mark.parametrize("memory", ["keep", "recompute", "offload"])
+@pytest.mark.parametrize("targets", ["all-linear", ["k_proj", "o_proj", "gate_proj"]])
+def test_dropout_drops_what_the_general_path_drops(memory: str, targets: Any, runs: list[str]) -> None:
+    model = adapted_model("llama-biased", lora_dropout=0.3, target_modules=targets)
+    torch.manual_seed(7)
+    with fuse.forced("off"), lean(model):  # the same seeds in the same order
+        loss, expected = loss_and_gradients(model)
+    if memory != "keep":
+        model.activation_checkpointing_enable(offload=memory == "offload")
+    torch.manual_seed(7)
+    with fuse.forced("plain"), lean(model):
+        lean_loss, got = loss_and_gradients(model)
+        other, _ = loss_and_gradients(model)
+    assert set(runs) == {memory}
+    assert lean_loss.item() == pytest.approx(loss.item(), rel=1e-5)  # fp32, in another order
+    assert abs(other.item() / loss.item() - 1) > 1e-3
+    assert got.keys() == expected.keys()
+    for name, gradient in got.items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("settings", [{"use_dora": True}, {"init_lora_weights": "olora"}])
 def test_other_changes_take_the_general_path(settings: dict[str, Any], runs: list[str]) -> None:
     model = adapted_model("llama", **settings)
     torch.manual_seed(0)

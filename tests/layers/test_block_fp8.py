@@ -130,8 +130,8 @@ def adapted(kind: str, **settings: Any) -> nn.Module:
 @pytest.mark.parametrize(
     ("kind", "settings", "why"),
     [
-        ("gpt2", {}, "its decoder layers must be those of Llama, Mistral, Qwen2, Qwen3"),
-        ("gemma2", {}, "its decoder layers must be those of Llama, Mistral, Qwen2, Qwen3"),
+        ("gpt2", {}, "its decoder layers must be those of Llama, Mistral, Qwen2, Qwen3, Gemma, Gemma3, Phi3"),
+        ("gemma2", {}, "its decoder layers must be those of Llama, Mistral, Qwen2, Qwen3, Gemma, Gemma3, Phi3"),
         ("llama", {"lora_dropout": 0.1}, "it needs one plain LoRA adapter on frozen weights, without dropout and"),
         ("llama", {"use_dora": True}, "it needs one plain LoRA adapter on frozen weights, without dropout and"),
     ],

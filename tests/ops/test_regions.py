@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.exc import TorchDynamoException
 from torch.nn import functional as F
+from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from decal.ops import fuse, regions
@@ -60,6 +62,36 @@ def test_norms_of_heads() -> None:
     (dx,) = torch.autograd.grad(expected, x, d)
     close(regions.norm_heads(x.detach(), wq, wk, 1e-3, heads), expected.detach())
     close(regions.norm_heads_backward(d, x.detach(), wq, wk, 1e-3, heads), dx)
+
+
+def test_gemmas_norm_is_transformers_own() -> None:
+    x, dy, plus = random(5, 8).requires_grad_(), random(5, 8, seed=2), random(5, 8, seed=3)
+    norm = Gemma3RMSNorm(8, eps=1e-3)
+    with torch.no_grad():
+        norm.weight.copy_(random(8, seed=1))
+    w, expected = norm.weight.detach(), norm(x)
+    (dx,) = torch.autograd.grad(expected, x, dy)
+    with torch.no_grad():
+        close(regions.rms_norm(x, w, 1e-3, True), expected)
+        close(regions.plus_rms_norm(x, plus, w, 1e-3, True), plus + expected)
+        close(regions.add_rms_norm(x - plus, plus, w, 1e-3, True)[1], expected)
+        close(regions.rms_norm_backward(dy, x, w, 1e-3, True), dx)
+        close(regions.rms_norm_backward_plus(dy, x, w, 1e-3, plus, True), dx + plus)
+        for dtype in (torch.bfloat16, torch.float16):
+            narrow = x.to(dtype)
+            assert torch.equal(regions.rms_norm(narrow, w.to(dtype), 1e-3, True), copy.deepcopy(norm).to(dtype)(narrow))
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu_pytorch_tanh"])
+def test_the_gated_product_of_two_halves_is_that_of_the_parts(activation: str) -> None:
+    both, dy = random(4, 12), random(4, 6, seed=2)
+    gate, up = (part.clone() for part in both.chunk(2, -1))
+    close(regions.gated_halves(both, activation), regions.gated(gate, up, activation))
+    d, other = dy.clone(), dy.clone()
+    regions.gated_halves_backward_(d, both, activation)
+    regions.gated_backward_(other, gate, up, activation)
+    close(d, other)
+    close(both, torch.cat((gate, up), -1))
 
 
 @pytest.mark.parametrize("activation", ["silu", "gelu_pytorch_tanh"])

@@ -53,8 +53,9 @@ def test_the_last_layers_keep() -> None:
     assert Plan(keep=2, inputs=1).modes(5) == ["offload", "offload", "recompute", "keep", "keep"]
 
 
-def test_what_a_layer_keeps_is_what_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = get_peft_model(models.make("llama", torch.float32), LoraConfig(r=4, target_modules="all-linear")).train()
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma3", "phi3"])
+def test_what_a_layer_keeps_is_what_it_says(kind: str) -> None:
+    model = get_peft_model(models.make(kind, torch.float32), LoraConfig(r=4, target_modules="all-linear")).train()
     ids = models.tokens(2, 32)
     with fuse.forced("plain"), lean(model):
         block = next(m for m in model.modules() if isinstance(m, LeanBlock))
@@ -82,7 +83,9 @@ def _kept(out: torch.Tensor) -> int:
         nodes.add(node)
         todo += [n for n, _ in node.next_functions]
         state = getattr(node, "state", None)
-        tensors = [] if state is None else list(vars(state).values())
+        tensors: list[torch.Tensor] = []
+        for value in () if state is None else vars(state).values():
+            tensors += value if isinstance(value, tuple) else [value]
         for t in filter(torch.is_tensor, tensors):
             seen[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
     return sum(seen.values())

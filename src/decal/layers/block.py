@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from functools import partial
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -14,20 +16,32 @@ from decal.layers import adapted
 from decal.layers.adapted import AdaptedLinear
 from decal.layers.coded import CodedBase, CodedLinear
 from decal.layers.dense import DenseBase
-from decal.layers.lean import MLPS, NORMS, LeanRMSNorm
+from decal.layers.lean import ACTIVATIONS, NORMS, activation_of
 from decal.layers.lora import LinearLoRA
 from decal.layers.seams import Base
 from decal.layers.shelf import Shelf
 from decal.ops import fuse, select
-from decal.ops.block import Block, Memory, layer
+from decal.ops.block import Block, Memory, Norm, layer
+from decal.ops.dropout import Drop
 from decal.ops.fp8 import ALIGNED, Group8
 from decal.ops.products import Group, Product
 
-# Classes of transformers whose forward pass is ops/block.py's, with RoPE over whole heads.
-LAYERS = {"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer"}
-ATTENTIONS = {"LlamaAttention", "MistralAttention", "Qwen2Attention", "Qwen3Attention"}
-LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-GROUPS = (slice(0, 3), slice(3, 4), slice(4, 6), slice(6, 7))
+# The families of transformers whose decoder layers compute what ops/block.py does, with RoPE over whole heads.
+FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3", "Gemma", "Gemma3", "Phi3")
+GEMMA_NORMS = {"GemmaRMSNorm", "Gemma3RMSNorm"}
+# The linear layers that share an input.
+LINEARS = (
+    (attrgetter("self_attn.q_proj"), attrgetter("self_attn.k_proj"), attrgetter("self_attn.v_proj")),
+    (attrgetter("self_attn.o_proj"),),
+    (attrgetter("mlp.gate_proj"), attrgetter("mlp.up_proj")),
+    (attrgetter("mlp.down_proj"),),
+)
+JOINED = (
+    (attrgetter("self_attn.qkv_proj"),),
+    (attrgetter("self_attn.o_proj"),),
+    (attrgetter("mlp.gate_up_proj"),),
+    (attrgetter("mlp.down_proj"),),
+)
 INTERFACES = {"sdpa", "flex_attention"}  # transformers' names of attentions whose mask says all there is to say
 
 
@@ -46,7 +60,7 @@ class LeanBlock(nn.Module):
         self.memory: Memory = ("offload" if offloads else "recompute") if original.gradient_checkpointing else "keep"
         self.fp8 = False
         self.masked = True  # whether the last call brought a mask: without one attention is causal
-        self.activation = str(original.mlp.config.hidden_act)
+        self.activation = activation_of(original.mlp)
 
     @property
     def original(self) -> Any:
@@ -70,22 +84,31 @@ class LeanBlock(nn.Module):
         factors = [part for linear in self.linears() for part in _factors(linear)]
         return layer(block, hidden_states, cos, sin, factors)
 
+    def groups(self) -> list[list[nn.Module]]:
+        """Return the linear layers by their inputs: queries, keys and values; attention's output; gate and up; down."""
+        form = JOINED if hasattr(self.self_attn, "qkv_proj") else LINEARS
+        return [[get(self) for get in group] for group in form]
+
     def linears(self) -> list[nn.Module]:
-        attention: Any = self.self_attn
-        mlp: Any = self.mlp
-        return [getattr(attention, name) for name in LINEARS[:4]] + [getattr(mlp, name) for name in LINEARS[4:]]
+        return [linear for group in self.groups() for linear in group]
 
     def kept_bytes(self) -> int:
         """Return the bytes that a token costs where the layer keeps all that backward reads, in 16 bits."""
-        q, k, v, o, gate, up, _ = (_outputs(linear) for linear in self.linears())
-        before = q + k + v if len(norms_of(self)) > 2 else 0
-        return 2 * (
-            2 * o + 2 * q + k + v + gate + up + before
-        )  # x, the sum after attention, q, attention's output, ...
+        qkv, (o,), gate_up, _ = ([_outputs(linear) for linear in group] for group in self.groups())
+        norms = norms_of(self)
+        apart = sum(qkv) if norms.of_heads is not None else 0  # before their heads are normed
+        results = 2 * o if norms.after is not None else 0
+        # x and the sum after attention; queries, keys, values; attention's output, as wide as the queries; gate and up
+        return 2 * (2 * o + sum(qkv) + self._queries() + sum(gate_up) + apart + results)
+
+    def _queries(self) -> int:
+        attention: Any = self.self_attn
+        heads: int = attention.config.num_attention_heads
+        return heads * int(attention.head_dim)
 
     def input_bytes(self) -> int:
         """Return the bytes of a token's input, in 16 bits."""
-        return 2 * _outputs(self.linears()[3])
+        return 2 * _outputs(self.groups()[1][0])
 
     def block(self, x: Tensor, given: dict[str, Any]) -> Block | None:
         """Return the frozen parts, or None where this call asks for more than the one function does."""
@@ -99,24 +122,30 @@ class LeanBlock(nn.Module):
             or rotation[0].shape[-1] != attention.head_dim
             or rotation[0].dtype != x.dtype
             or x.dtype != _computed(x)
-            or any(norm.weight.dtype != x.dtype for norm in norms)
+            or any(norm.weight.dtype != x.dtype for norm in norms.every())
             or attention.config._attn_implementation not in INTERFACES
             or attention.attention_dropout > 0
+            or any(isinstance(module, nn.Dropout) and module.p > 0 for module in self._modules.values())
         ):
             return None
         found = self.products(x.dtype)
         if found is None:
             return None
-        groups = [Group8(tuple(found[part]), True) for part in GROUPS] if self.fp8 else self._groups(found, x)
+        found = [
+            replace(product, drop=_drop(linear, x.device))
+            for product, linear in zip(found, self.linears(), strict=True)
+        ]
+        groups = self._groups(found, x)
+        config = attention.config
         return Block(
             qkv=groups[0],
             o=groups[1],
             gate_up=groups[2],
             down=groups[3],
-            norms=(norms[0].weight, norms[1].weight),
-            eps=(_eps(norms[0]), _eps(norms[1])),
-            head_norms=None if len(norms) == 2 else (norms[2].weight, norms[3].weight, _eps(norms[2])),
-            heads=(found[0].outputs // attention.head_dim, found[1].outputs // attention.head_dim),
+            before=_pair(norms.before),
+            after=None if norms.after is None else _pair(norms.after),
+            of_heads=None if norms.of_heads is None else _pair(norms.of_heads),
+            heads=(config.num_attention_heads, config.num_key_value_heads),
             width=attention.head_dim,
             activation=self.activation,
             attend=partial(self._attend, mask=given.get("attention_mask")),
@@ -133,15 +162,24 @@ class LeanBlock(nn.Module):
     def why_not_fp8(self, dtype: torch.dtype) -> str | None:
         """Return why the layer's products cannot be computed in 8-bit floats; None if they can."""
         found = self.products(dtype)
-        if found is None:
+        if found is None or any(_drop(linear, torch.device("cpu")) is not None for linear in self.linears()):
             return "it needs one plain LoRA adapter on frozen weights, without dropout and without DoRA"
         uneven = [p for p in found if p.inputs % ALIGNED or p.outputs % ALIGNED]
         return f"its widths must be multiples of {ALIGNED}" if uneven else None
 
     def _groups(self, found: list[Product], x: Tensor) -> list[Group]:
         rows = x.numel() // x.shape[-1]
-        merged = [_merges(linear, rows, x) for linear in self.linears()]
-        return [Group(tuple(found[part]), all(merged[part])) for part in GROUPS]
+        merged = [
+            product.drop is None and _merges(linear, rows, x)
+            for product, linear in zip(found, self.linears(), strict=True)
+        ]
+        groups, first = [], 0
+        for linears in self.groups():
+            part = slice(first, first + len(linears))
+            products = tuple(found[part])
+            groups.append(Group8(products, True) if self.fp8 else Group(products, all(merged[part])))
+            first = part.stop
+        return groups
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, *, mask: Any) -> Tensor:
         module: Any = self.self_attn
@@ -153,21 +191,44 @@ class LeanBlock(nn.Module):
 def block_of(module: nn.Module, shelf: Shelf) -> LeanBlock | None:
     """Return the one-function form of a decoder layer of a known class, else None."""
     kind: Any = type(module)
-    if kind.__name__ not in LAYERS or not kind.__module__.startswith("transformers.models."):
+    family = kind.__name__.removesuffix("DecoderLayer")
+    if family not in FAMILIES or not kind.__module__.startswith("transformers.models."):
         return None
     parts: Any = module
-    norms = norms_of(parts)
-    known = type(parts.self_attn).__name__ in ATTENTIONS and type(parts.mlp).__name__ in MLPS
-    known = known and all(type(n).__name__ in NORMS and not n.weight.requires_grad for n in norms)
+    norms = norms_of(parts).every()
+    known = type(parts.self_attn).__name__ == f"{family}Attention" and type(parts.mlp).__name__ == f"{family}MLP"
+    known = known and all(type(n).__name__ in NORMS | GEMMA_NORMS and not n.weight.requires_grad for n in norms)
     hooked = any(m._forward_hooks or m._forward_pre_hooks for m in (module, parts.self_attn, parts.mlp, *norms))
-    plain = getattr(parts.mlp.config, "hidden_act", "") in ("silu", "gelu_pytorch_tanh")
+    plain = activation_of(parts.mlp) in ACTIVATIONS
     return LeanBlock(module, shelf) if known and plain and not hooked else None
 
 
-def norms_of(layer: Any) -> list[Any]:
-    """Return a decoder layer's norms: before attention, before the MLP, and of queries and keys where there are any."""
-    heads = [getattr(layer.self_attn, name, None) for name in ("q_norm", "k_norm")]
-    return [layer.input_layernorm, layer.post_attention_layernorm, *(norm for norm in heads if norm is not None)]
+@dataclass(frozen=True)
+class Norms:
+    """A decoder layer's norms, in pairs: of attention and the MLP, before and after them, and of queries and keys."""
+
+    before: tuple[Any, Any]
+    after: tuple[Any, Any] | None
+    of_heads: tuple[Any, Any] | None
+
+    def every(self) -> list[Any]:
+        return [norm for pair in (self.before, self.after, self.of_heads) if pair is not None for norm in pair]
+
+
+def norms_of(layer: Any) -> Norms:
+    """Return a decoder layer's norms."""
+    attention = layer.self_attn
+    of_heads = (attention.q_norm, attention.k_norm) if hasattr(attention, "q_norm") else None
+    first, second = layer.input_layernorm, layer.post_attention_layernorm
+    if not hasattr(layer, "pre_feedforward_layernorm"):
+        return Norms(before=(first, second), after=None, of_heads=of_heads)
+    before = (first, layer.pre_feedforward_layernorm)
+    return Norms(before=before, after=(second, layer.post_feedforward_layernorm), of_heads=of_heads)
+
+
+def _pair(norms: tuple[Any, Any]) -> tuple[Norm, Norm]:
+    first, second = (Norm(norm.weight, _eps(norm), type(norm).__name__ in GEMMA_NORMS) for norm in norms)
+    return first, second
 
 
 def _outputs(linear: nn.Module) -> int:
@@ -182,17 +243,23 @@ def _computed(x: Tensor) -> torch.dtype:
 
 
 def _eps(norm: Any) -> float:
-    return norm.eps if isinstance(norm, LeanRMSNorm) else float(norm.variance_epsilon)
+    return float(norm.eps if hasattr(norm, "eps") else norm.variance_epsilon)
 
 
 def _adapter(linear: AdaptedLinear) -> LinearLoRA | None:
-    """Return the only adapter that is on, where it is plain LoRA without dropout."""
+    """Return the only adapter that is on, where it is plain LoRA."""
     switch = linear.switch
     on = switch.on(linear.adapters)
     if switch.routing is not None or len(on) != 1:
         return None
     adapter = linear.adapters[on[0]]
-    return adapter if type(adapter) is LinearLoRA and not adapter.draws_dropout else None
+    return adapter if type(adapter) is LinearLoRA else None
+
+
+def _drop(linear: nn.Module, device: torch.device) -> Drop | None:
+    """Return what the layer's adapter drops of its input in this pass."""
+    adapter = _adapter(linear) if isinstance(linear, AdaptedLinear) else None
+    return adapter.drop(device) if adapter is not None and adapter.draws_dropout else None
 
 
 def _factors(linear: nn.Module) -> tuple[Tensor | None, Tensor | None]:

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from decal.ops import remake
 
 # Classes of transformers that compute exactly what the lean forms do.
-NORMS = {"LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm"}
-MLPS = {"LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP", "GemmaMLP", "Gemma2MLP"}
+NORMS = {"LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm", "Phi3RMSNorm"}
+MLPS = {"LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP", "GemmaMLP", "Gemma2MLP", "Gemma3MLP"}
+ACTIVATIONS = ("silu", "gelu_pytorch_tanh")
 
 
 class LeanGatedMLP(nn.Module):
@@ -67,7 +68,13 @@ def lean_of(module: nn.Module) -> LeanGatedMLP | LeanRMSNorm | None:
     if kind in NORMS and not module.weight.requires_grad:
         return LeanRMSNorm(module)
     if kind in MLPS:
-        activation = str(getattr(module.config, "hidden_act", ""))
-        if activation in ("silu", "gelu_pytorch_tanh"):
+        activation = activation_of(module)
+        if activation in ACTIVATIONS:
             return LeanGatedMLP(module, activation)
     return None
+
+
+def activation_of(mlp: Any) -> str:
+    """Return the name of an MLP's activation."""
+    config = mlp.config
+    return str(getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", ""))

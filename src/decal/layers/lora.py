@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import torch
 from torch import Generator, Tensor, nn
+from torch.nn import functional as F
 
 from decal.layers.seams import Base
-from decal.ops import lora, select
+from decal.ops import dropout, lora, select
+from decal.ops.dropout import Drop
 from decal.spec import LoraConfig
 
 
@@ -19,6 +21,7 @@ class LoRA:
     """The change s·B·A with A (r, in) and B (out, r); where the factors live is the subclass's."""
 
     dropout: nn.Module = nn.Identity()
+    redraws = False  # True: dropout's mask is drawn again in backward; else torch keeps it, and draws it as PEFT does
     reads_output = False
     owns_weight = True  # False: another layer with the same weight merges this change
 
@@ -57,6 +60,11 @@ class LoRA:
         """Whether this forward pass drops inputs."""
         return isinstance(self.dropout, nn.Dropout) and self.dropout.training
 
+    def drop(self, device: torch.device) -> Drop:
+        """Return what this forward pass drops; another each time."""
+        assert isinstance(self.dropout, nn.Dropout), "asked where it draws dropout only"
+        return dropout.drawn(self.dropout.p, device)
+
     def factors(self) -> tuple[Tensor, Tensor, float] | None:
         return None if self.draws_dropout else (self.A, self.B, self.scale)
 
@@ -66,7 +74,10 @@ class LoRA:
         return x if narrowed else x.to(self.A.dtype)
 
     def delta(self, x: Tensor, y: Tensor | None, base: Base) -> Tensor:
-        return lora.delta(self.dropout(self.widened(x)), self.A, self.B, self.scale)
+        x = self.widened(x)
+        if self.redraws and self.draws_dropout:
+            return F.linear(dropout.projected(x, self.A, self.drop(x.device)), self.B) * self.scale
+        return lora.delta(self.dropout(x), self.A, self.B, self.scale)
 
     def delta_weight(self, base: Base) -> Tensor:
         return lora.delta_weight(self.A, self.B, self.scale)

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from decal.errors import ConfigError
-from decal.layers.block import LeanBlock, block_of
+from decal.layers.adapted import AdaptedLinear
+from decal.layers.block import FAMILIES, LeanBlock, block_of
 from decal.layers.host_embedding import HostEmbedding, host_of
 from decal.layers.lean import LeanGatedMLP, LeanRMSNorm, lean_of
 from decal.layers.shelf import Shelf
@@ -25,8 +26,10 @@ def lean(model: nn.Module, *, embedding_on_host: bool = False, fp8: bool = False
     """Swap the lean forms in for the time of the block; yields how many. The model afterwards is the very same.
 
     With `embedding_on_host` the table of the input embedding lies in host memory meanwhile; with `fp8` (see
-    `require_fp8`) decoder layers compute their products in 8-bit floats where they train.
+    `require_fp8`) decoder layers compute their products in 8-bit floats where they train. Masks of dropout are drawn
+    again in backward, not kept.
     """
+    adapters = [a for m in model.modules() if isinstance(m, AdaptedLinear) for a in m.adapters.values()]
     swapped: list[tuple[str, Lean]] = []
     shelf = Shelf()
     one_function = fuse.on(next(model.parameters()).device)
@@ -44,9 +47,13 @@ def lean(model: nn.Module, *, embedding_on_host: bool = False, fp8: bool = False
             new.train(module.training)
             place(model, name, new)
             swapped.append((name, new))
+    for adapter in adapters:
+        adapter.redraws = True
     try:
         yield len(swapped)
     finally:
+        for adapter in adapters:
+            adapter.redraws = False
         for name, new in swapped:
             original = new.back() if isinstance(new, HostEmbedding) else new.original
             place(model, name, original.train(new.training))
@@ -66,8 +73,7 @@ def require_fp8(model: nn.Module, dtype: torch.dtype) -> None:
         raise ConfigError(f"this model cannot train in fp8: {reason}", fix="Use train.precision=auto.")
 
 
-FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3")
-BODIES = {f"{family}Model" for family in FAMILIES}  # of transformers: an embedding, layers and a norm
+BODIES = {"LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model"}  # of transformers: an embedding, layers and a norm
 
 
 def _inner(model: nn.Module) -> Any:

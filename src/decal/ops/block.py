@@ -3,7 +3,8 @@
 Its backward is written out, so that it keeps only what cannot be made again cheaply: x, the rotated queries, keys and
 values, attention's output, the sum after it, gate and up. Norms, the MLP's product and merged weights are made again.
 A layer may also keep x alone, on the card or on a shelf in host memory, and run again in backward; the last product,
-which only the forward pass needs, is left out then.
+which only the forward pass needs, is left out then. Where both results are normed before they are added (Gemma 3), they
+are kept, too.
 
 Shapes as in ops/regions.py and ops/products.py.
 """
@@ -33,16 +34,42 @@ class Shelf(Protocol):
 
 
 @dataclass(frozen=True)
+class Norm:
+    """An RMS norm with a frozen weight; `gemma` says which of two forms (ops/regions.py)."""
+
+    weight: Tensor
+    eps: float
+    gemma: bool
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return regions.rms_norm(x, self.weight, self.eps, self.gemma)
+
+    def of_sum(self, y: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return x + y and its norm."""
+        return regions.add_rms_norm(y, x, self.weight, self.eps, self.gemma)
+
+    def plus(self, y: Tensor, x: Tensor) -> Tensor:
+        """Return x + the norm of y."""
+        return regions.plus_rms_norm(y, x, self.weight, self.eps, self.gemma)
+
+    def backward(self, dy: Tensor, x: Tensor) -> Tensor:
+        return regions.rms_norm_backward(dy, x, self.weight, self.eps, self.gemma)
+
+    def backward_plus(self, dy: Tensor, x: Tensor, plus: Tensor) -> Tensor:
+        return regions.rms_norm_backward_plus(dy, x, self.weight, self.eps, plus, self.gemma)
+
+
+@dataclass(frozen=True)
 class Block:
-    """A layer's frozen parts, and where its x goes."""
+    """A layer's frozen parts, and where its x goes. Of `qkv` and `gate_up` the products may be one, side by side."""
 
     qkv: Group
     o: Group
     gate_up: Group
     down: Group
-    norms: tuple[Tensor, Tensor]
-    eps: tuple[float, float]
-    head_norms: tuple[Tensor, Tensor, float] | None  # of queries and keys, and their epsilon (Qwen3)
+    before: tuple[Norm, Norm]  # attention, the MLP
+    after: tuple[Norm, Norm] | None  # the same, before their results are added (Gemma 3)
+    of_heads: tuple[Norm, Norm] | None  # of queries and keys (Qwen3, Gemma 3)
     heads: tuple[int, int]  # of queries, of keys
     width: int  # of a head
     activation: str
@@ -55,6 +82,23 @@ class Block:
         """The widths of all queries, all keys and all values of a row."""
         query, kv = self.heads
         return [query * self.width, kv * self.width, kv * self.width]
+
+    def apart(self, whole_NO: Tensor) -> list[Tensor]:
+        """Return the columns of each product of `qkv`."""
+        return list(torch.split(whole_NO, self.columns, 1)) if len(self.qkv.products) > 1 else [whole_NO]
+
+    def gated(self, parts: Sequence[Tensor]) -> Tensor:
+        """Return the MLP's product of what `gate_up` gave."""
+        if len(parts) == 1:
+            return regions.gated_halves(parts[0], self.activation)
+        return regions.gated(parts[0], parts[1], self.activation)
+
+    def gated_backward_(self, dh: Tensor, parts: Sequence[Tensor]) -> None:
+        """Write the MLP's product over dh, and the gradients of `parts` over these."""
+        if len(parts) == 1:
+            regions.gated_halves_backward_(dh, parts[0], self.activation)
+        else:
+            regions.gated_backward_(dh, parts[0], parts[1], self.activation)
 
     @property
     def groups(self) -> tuple[Group, ...]:
@@ -70,9 +114,10 @@ class _State:
     k: Tensor
     v: Tensor
     o: Tensor  # with the graph of attention, from q, k and v
+    a: Tensor | None  # attention's result, where it is normed
     x2: Tensor
-    gate: Tensor
-    up: Tensor
+    gate_up: tuple[Tensor, ...]
+    m: Tensor | None = None  # the MLP's result, where it is normed and kept
 
     def drop(self, *names: str) -> None:
         """Forget what has been used up, so that its memory is free before the layer is through."""
@@ -86,10 +131,14 @@ class _Layer(torch.autograd.Function):
         factors = _by_group(block, flat)
         with torch.autocast(x.device.type, enabled=False):
             state = _run(block, x, cos, sin, factors, graph=block.memory == "keep")
-            h = regions.gated(state.gate, state.up, block.activation)
-            y = block.down.added(h, factors[3], state.x2)
-            if y is None:
-                y = _alone(block.down, h, factors[3]).add_(state.x2)
+            h = block.gated(state.gate_up)
+            if block.after is None:
+                y = block.down.added(h, factors[3], state.x2)
+                if y is None:
+                    y = _alone(block.down, h, factors[3]).add_(state.x2)
+            else:
+                state.m = _alone(block.down, h, factors[3])
+                y = block.after[1].plus(state.m, state.x2)
         ctx.block, ctx.state, ctx.shape = block, state if block.memory == "keep" else None, x.shape
         ctx.parked = block.shelf.put(x) if block.memory == "offload" else None
         ctx.save_for_backward(None if block.memory == "offload" else x, cos, sin, *flat)
@@ -138,13 +187,13 @@ def _run(block: Block, x: Tensor, cos: Tensor, sin: Tensor, factors: list[list[F
     """Run the layer up to gate and up; with `graph` attention can be differentiated."""
     x_ND = x.reshape(-1, x.shape[-1])
     query, kv = block.heads
-    n = regions.rms_norm(x_ND, block.norms[0], block.eps[0])
+    n = block.before[0](x_ND)
     raw = n.new_empty(len(n), (query + 2 * kv) * block.width)
-    block.qkv.forward(n, factors[0], torch.split(raw, block.columns, 1), raw)
+    block.qkv.forward(n, factors[0], block.apart(raw), raw)
     del n
     before = None
-    if block.head_norms is not None:
-        before, raw = raw, regions.norm_heads(raw.view(len(x_ND), -1, block.width), *block.head_norms, query)
+    if block.of_heads is not None:
+        before, raw = raw, _norm_heads(block, raw)
     turned = regions.rotate(raw.view(*x.shape[:-1], query + 2 * kv, block.width), cos, sin, query + kv)
     del raw
     q, k, v = (part.transpose(1, 2).detach() for part in torch.split(turned, [query, kv, kv], 2))
@@ -153,14 +202,31 @@ def _run(block: Block, x: Tensor, cos: Tensor, sin: Tensor, factors: list[list[F
             q.requires_grad_(), k.requires_grad_(), v.requires_grad_()
         o = block.attend(q, k, v)
     o_ND = o.detach().reshape(len(x_ND), -1)
-    x2 = block.o.added(o_ND, factors[1], x_ND)
-    if x2 is None:
-        x2, n = regions.add_rms_norm(_alone(block.o, o_ND, factors[1]), x_ND, block.norms[1], block.eps[1])
-    else:
-        n = regions.rms_norm(x2, block.norms[1], block.eps[1])
-    gate, up = (n.new_empty(len(n), product.outputs) for product in block.gate_up.products)
-    block.gate_up.forward(n, factors[2], [gate, up])
-    return _State(before, q, k, v, o, x2, gate, up)
+    a, x2, n = _after_attention(block, o_ND, x_ND, factors[1])
+    gate_up = tuple(n.new_empty(len(n), product.outputs) for product in block.gate_up.products)
+    block.gate_up.forward(n, factors[2], gate_up)
+    return _State(before, q, k, v, o, a, x2, gate_up)
+
+
+def _after_attention(
+    block: Block, o_ND: Tensor, x_ND: Tensor, factors: Sequence[Factors]
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """Return attention's result where it is normed, the sum with x, and what the MLP reads."""
+    if block.after is not None:
+        a = _alone(block.o, o_ND, factors)
+        x2 = block.after[0].plus(a, x_ND)
+        return a, x2, block.before[1](x2)
+    total = block.o.added(o_ND, factors, x_ND)
+    if total is None:
+        return None, *block.before[1].of_sum(_alone(block.o, o_ND, factors), x_ND)
+    return None, total, block.before[1](total)
+
+
+def _norm_heads(block: Block, raw_NO: Tensor) -> Tensor:
+    assert block.of_heads is not None, "the heads are normed"
+    q, k = block.of_heads
+    heads = raw_NO.view(len(raw_NO), -1, block.width)
+    return regions.norm_heads(heads, q.weight, k.weight, q.eps, block.heads[0], q.gemma)
 
 
 def _backward(
@@ -177,53 +243,63 @@ def _backward(
     x_ND, dy_ND = x.reshape(-1, x.shape[-1]), dy.reshape(-1, x.shape[-1])
     dx2, of_mlp = _mlp_backward(block, dy_ND, factors, state)
     o_ND = state.o.detach().reshape(len(x_ND), -1)
-    projected = block.o.project([dx2], factors[1])
-    do = block.o.input_gradient([dx2], factors[1], projected)
-    of_o = block.o.factor_gradients([dx2], o_ND, factors[1], projected)
-    del o_ND
+    da = dx2 if block.after is None or state.a is None else block.after[0].backward(dx2, state.a)
+    state.drop("a")
+    projected = block.o.project([da], factors[1])
+    do = block.o.input_gradient([da], factors[1], projected)
+    of_o = block.o.factor_gradients([da], o_ND, factors[1], projected)
+    del o_ND, da
     dq, dk, dv = torch.autograd.grad(state.o, (state.q, state.k, state.v), do.view(state.o.shape))
     state.drop("o", "q", "k", "v")
     whole = regions.rotate_backward(dq, dk, dv, cos, sin).view(len(x_ND), -1)
     del dq, dk, dv, do
-    if block.head_norms is not None and state.raw is not None:
+    if block.of_heads is not None and state.raw is not None:
         whole = _before_head_norms(block, whole, state.raw)
         state.drop("raw")
-    dqkv = torch.split(whole, block.columns, 1)
+    dqkv = block.apart(whole)
     projected = block.qkv.project(dqkv, factors[0])
-    n = regions.rms_norm(x_ND, block.norms[0], block.eps[0])
+    n = block.before[0](x_ND)
     of_qkv = block.qkv.factor_gradients(dqkv, n, factors[0], projected)
     del n
     dx = None
     if wanted:
         dn = block.qkv.input_gradient(dqkv, factors[0], projected, whole)
         del whole, dqkv
-        dx = regions.rms_norm_backward_plus(dn, x_ND, block.norms[0], block.eps[0], dx2).view(x.shape)
+        dx = block.before[0].backward_plus(dn, x_ND, dx2).view(x.shape)
     return dx, [part for pair in (*of_qkv, *of_o, *of_mlp) for part in (pair or (None, None))]
 
 
 def _before_head_norms(block: Block, whole_NO: Tensor, raw_NO: Tensor) -> Tensor:
     """Return the gradient of q, k and v side by side, from that past the norms of heads."""
-    assert block.head_norms is not None, "the heads are normed"
+    assert block.of_heads is not None, "the heads are normed"
+    q, k = block.of_heads
     d, raw = (t.view(len(t), -1, block.width) for t in (whole_NO, raw_NO))
-    return regions.norm_heads_backward(d, raw, *block.head_norms, block.heads[0]).view(len(d), -1)
+    before = regions.norm_heads_backward(d, raw, q.weight, k.weight, q.eps, block.heads[0], q.gemma)
+    return before.view(len(d), -1)
 
 
 def _mlp_backward(
     block: Block, dy_ND: Tensor, factors: list[list[Factors]], state: _State
 ) -> tuple[Tensor, list[Factors]]:
-    """Return the gradient of x2 and those of the factors of gate, up and down; uses gate, up and x2 up."""
-    gate, up, x2 = state.gate, state.up, state.x2
-    state.drop("gate", "up", "x2")
-    projected = block.down.project([dy_ND], factors[3])
-    dh = block.down.input_gradient([dy_ND], factors[3], projected)
-    regions.gated_backward_(dh, gate, up, block.activation)  # dh is the MLP's product from here on
-    of_down = block.down.factor_gradients([dy_ND], dh, factors[3], projected)
-    del dh
-    projected = block.gate_up.project([gate, up], factors[2])
-    n = regions.rms_norm(x2, block.norms[1], block.eps[1])
-    of_gate_up = block.gate_up.factor_gradients([gate, up], n, factors[2], projected)
+    """Return the gradient of x2 and those of the factors of gate, up and down; uses up what it reads."""
+    gate_up, x2, m = list(state.gate_up), state.x2, state.m
+    state.drop("gate_up", "x2", "m")
+    dm = dy_ND
+    if block.after is not None:
+        if m is None:
+            m = _alone(block.down, block.gated(gate_up), factors[3])
+        dm = block.after[1].backward(dy_ND, m)
+        del m
+    projected = block.down.project([dm], factors[3])
+    dh = block.down.input_gradient([dm], factors[3], projected)
+    block.gated_backward_(dh, gate_up)  # dh is the MLP's product from here on, and gate_up its gradients
+    of_down = block.down.factor_gradients([dm], dh, factors[3], projected)
+    del dh, dm
+    projected = block.gate_up.project(gate_up, factors[2])
+    n = block.before[1](x2)
+    of_gate_up = block.gate_up.factor_gradients(gate_up, n, factors[2], projected)
     del n
-    dn = block.gate_up.input_gradient([gate, up], factors[2], projected)
-    del gate, up
-    dx2 = regions.rms_norm_backward_plus(dn, x2, block.norms[1], block.eps[1], dy_ND)
+    dn = block.gate_up.input_gradient(gate_up, factors[2], projected)
+    del gate_up
+    dx2 = block.before[1].backward_plus(dn, x2, dy_ND)
     return dx2, [*of_gate_up, *of_down]

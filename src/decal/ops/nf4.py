@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import cache
+from contextlib import suppress
+from functools import cache, partial
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -24,6 +25,7 @@ from torch import Tensor
 
 from decal.errors import DecalError
 from decal.ops import dynamic8, select
+from decal.ops.select import NotCompiled
 
 Kind = Literal["nf4", "fp4"]
 BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -140,9 +142,10 @@ def decode(packed: Tensor, scales: Scales, out: Tensor, *, block: int, kind: str
     """Write the weights into `out`, contiguous, of any shape and floating dtype; return it."""
     kernels = _kernels(packed.device)
     if kernels is not None and isinstance(scales, Nested) and hasattr(kernels, "dequantize_nested"):
-        kernels.dequantize_nested(packed, scales, out.view(-1), block, kind)
-    else:
-        _dequantize(packed, single(scales), out.view(-1), block, kind)
+        with suppress(NotCompiled):
+            select.tried("dequantize", partial(kernels.dequantize_nested, packed, scales, out.view(-1), block, kind))
+            return out
+    _dequantize(packed, single(scales), out.view(-1), block, kind)
     return out
 
 
@@ -152,8 +155,9 @@ def decode_plus(
     """Write W + s·B·A into `out` (out, in), summed in fp32 and rounded once; A (r, in), B (out, r). Returns `out`."""
     kernels = _kernels(packed.device)
     if kernels is not None and hasattr(kernels, "decode_plus"):
-        kernels.decode_plus(packed, scales, A, B, s, out, block, kind)
-        return out
+        with suppress(NotCompiled):
+            select.tried("decode_plus", partial(kernels.decode_plus, packed, scales, A, B, s, out, block, kind))
+            return out
     wide = out if out.dtype in (torch.float32, torch.float64) else torch.empty_like(out, dtype=torch.float32)
     decode(packed, scales, wide, block=block, kind=kind).addmm_(B.to(wide.dtype), A.to(wide.dtype), alpha=s)
     return out if wide is out else out.copy_(wide)
@@ -165,7 +169,10 @@ def multiply(x: Tensor, packed: Tensor, scales: Scales, out_features: int, *, bl
         return None
     from decal.ops import nf4_multiply_triton as kernels
 
-    return kernels.multiply(x, packed, scales, out_features, block, kind) if kernels.can_multiply(x, block) else None
+    if kernels.can_multiply(x, block):
+        with suppress(NotCompiled):
+            return select.tried("multiply", partial(kernels.multiply, x, packed, scales, out_features, block, kind))
+    return None
 
 
 def bits_per_weight(shape: Sequence[int], *, block: int = 64, double_quant: bool = False) -> float:
@@ -204,8 +211,9 @@ def _kernels(device: torch.device) -> Any:
 def _quantize(flat: Tensor, block: int, kind: str) -> tuple[Tensor, Tensor]:
     kernels = _kernels(flat.device)
     if kernels is not None:
-        packed, absmax = kernels.quantize(flat, block, kind)
-        return packed, absmax
+        with suppress(NotCompiled):
+            found: tuple[Tensor, Tensor] = select.tried("quantize", partial(kernels.quantize, flat, block, kind))
+            return found
     return reference_quantize(flat, block, kind)
 
 
@@ -230,9 +238,10 @@ def reference_quantize(flat: Tensor, block: int, kind: str) -> tuple[Tensor, Ten
 def _dequantize(packed: Tensor, absmax: Tensor, out: Tensor, block: int, kind: str) -> None:
     kernels = _kernels(packed.device)
     if kernels is not None:
-        kernels.dequantize(packed, absmax, out, block, kind)
-    else:
-        reference_dequantize(packed, absmax, out, block, kind)
+        with suppress(NotCompiled):
+            select.tried("dequantize", partial(kernels.dequantize, packed, absmax, out, block, kind))
+            return
+    reference_dequantize(packed, absmax, out, block, kind)
 
 
 def reference_dequantize(packed: Tensor, absmax: Tensor, out: Tensor, block: int, kind: str) -> None:

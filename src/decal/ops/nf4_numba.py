@@ -36,7 +36,7 @@ def quantize(flat: Tensor, block: int, kind: str) -> tuple[Tensor, Tensor]:
         part = packed[start // 2 : (start + len(x) + 1) // 2].numpy()
         scales = absmax[start // block : -(-(start + len(x)) // block)].numpy()
         arguments = (x, x.view(np.uint32), bounds, order, part, scales, scales.view(np.uint32), block)
-        _in_threads(_encode, arguments, len(scales), len(x))
+        in_threads(_encode, arguments, len(scales), len(x))
     return packed, absmax
 
 
@@ -45,7 +45,7 @@ def dequantize(packed: Tensor, absmax: Tensor, out: Tensor, block: int, kind: st
     table, n = nf4.levels(kind, packed.device).numpy(), len(out)
     codes, scales = packed.numpy(), absmax.numpy()
     if out.dtype == torch.float32:
-        _in_threads(_decode, (codes, scales, table, out.numpy(), block), len(scales), n)
+        in_threads(_decode, (codes, scales, table, out.numpy(), block), len(scales), n)
         return
     wide = torch.empty(min(n, CHUNK), dtype=torch.float32)
     for start in range(0, n, CHUNK):
@@ -53,11 +53,11 @@ def dequantize(packed: Tensor, absmax: Tensor, out: Tensor, block: int, kind: st
         part = wide[: stop - start]
         first, last = start // block, -(-stop // block)
         arguments = (codes[start // 2 :], scales[first:last], table, part.numpy(), block)
-        _in_threads(_decode, arguments, last - first, stop - start)
+        in_threads(_decode, arguments, last - first, stop - start)
         out[start:stop].copy_(part)
 
 
-def _in_threads(work: Callable[..., None], arguments: tuple[Any, ...], blocks: int, elements: int) -> None:
+def in_threads(work: Callable[..., None], arguments: tuple[Any, ...], blocks: int, elements: int) -> None:
     """Run work(*arguments, first, last) over all blocks, in equal shares."""
     threads = 1 if elements < ALONE else torch.get_num_threads()
     if threads == 1:

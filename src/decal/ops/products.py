@@ -10,20 +10,27 @@ Shapes: N rows, D inputs, O outputs of one product, R ranks of all products toge
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from decal.ops import select, workspace
+from decal.ops.dropout import Drop
 
+T = TypeVar("T")
 Write = Callable[[Tensor, Tensor | None, Tensor | None], None]  # (out (O, D), A, B): out = W, or W + s·B·A
 
 
 @dataclass(frozen=True)
 class Product:
-    """One frozen weight. `stored` is the weight itself where it is stored as it is; else `write` decodes it."""
+    """One frozen weight. `stored` is the weight itself where it is stored as it is; else `write` decodes it.
+
+    `drop` is what the adapter's input loses in this pass.
+    """
 
     inputs: int
     outputs: int
@@ -31,6 +38,7 @@ class Product:
     bias: Tensor | None
     stored: Tensor | None
     write: Write
+    drop: Drop | None = None
 
 
 Factors = tuple[Tensor, Tensor] | None  # A (rank, D), B (O, rank) of one product
@@ -46,7 +54,7 @@ class Projected:
 
 @dataclass(frozen=True)
 class Group:
-    """Products of the same input."""
+    """Products of the same input; none that drops something of it can be `merged`."""
 
     products: tuple[Product, ...]
     merged: bool
@@ -59,7 +67,7 @@ class Group:
             torch.mm(x_ND, self._stacked(factors, x_ND).T, out=whole)
         else:
             A_RD, Bs = (None, []) if self.merged else _narrow(factors, x_ND)
-            S_NR = None if A_RD is None else self._scaled(x_ND @ A_RD.T, factors)
+            S_NR = None if A_RD is None else self._down(x_ND, A_RD, factors)
             for product, pair, out, columns, B in self._each(factors, outs, Bs):
                 if B is None or S_NR is None:
                     torch.mm(x_ND, self._weight(product, pair, x_ND).T, out=out)
@@ -99,7 +107,7 @@ class Group:
         """Return the gradient of x; `whole` holds all dys side by side, where they do."""
         if whole is not None and self.merged:
             return torch.mm(whole, self._stacked(factors, whole))
-        dx = None if self.merged or projected is None else projected.T_NR @ projected.A_RD
+        dx = None if self.merged or projected is None else self._back(projected, factors)
         for product, pair, dy in zip(self.products, factors, dys, strict=True):
             W = self._weight(product, pair if self.merged else None, dy)
             dx = torch.mm(dy, W) if dx is None else dx.addmm_(dy, W)
@@ -112,21 +120,51 @@ class Group:
         """Return the gradients of A and B of each product."""
         if projected is None:
             return [None] * len(dys)
-        dA_RD = _wide_mm(projected.T_NR.T, x_ND)
-        S_NR = self._scaled(x_ND @ projected.A_RD.T, factors)
-        return [
-            None if pair is None else (dA_RD[columns], _wide_mm(dy.T, S_NR[:, columns]))
-            for _, pair, dy, columns, _ in self._each(factors, dys, ())
+        S_NR = self._down(x_ND, projected.A_RD, factors)
+        dA_RD = None if self.drops else _wide_mm(projected.T_NR.T, x_ND)
+        found: list[Factors] = []
+        for product, pair, dy, columns, _ in self._each(factors, dys, ()):
+            if pair is None:
+                found.append(None)
+                continue
+            T_NR = projected.T_NR[:, columns]
+            dA = _wide_mm(T_NR.T, _dropped(product, x_ND)) if dA_RD is None else dA_RD[columns]
+            found.append((dA, _wide_mm(dy.T, S_NR[:, columns])))
+        return found
+
+    @property
+    def drops(self) -> bool:
+        return any(product.drop is not None for product in self.products)
+
+    def _down(self, x_ND: Tensor, A_RD: Tensor, factors: Sequence[Factors]) -> Tensor:
+        """Return s·x Aᵀ of all products side by side, (N, R), each of what it does not drop."""
+        if not self.drops:
+            return self._scaled(x_ND @ A_RD.T, factors)
+        S_NR = x_ND.new_empty(len(x_ND), len(A_RD))
+        for product, pair, _, columns, _ in self._each(factors, self.products, ()):
+            if pair is not None:
+                torch.mm(_dropped(product, x_ND), A_RD[columns].T, out=S_NR[:, columns])
+        return self._scaled(S_NR, factors)
+
+    def _back(self, projected: Projected, factors: Sequence[Factors]) -> Tensor:
+        """Return what the changes add to the gradient of x."""
+        if not self.drops:
+            return projected.T_NR @ projected.A_RD
+        parts = [
+            _dropped(product, projected.T_NR[:, columns] @ projected.A_RD[columns])
+            for product, pair, _, columns, _ in self._each(factors, self.products, ())
+            if pair is not None
         ]
+        return functools.reduce(Tensor.add_, parts)
 
     def _each(
-        self, factors: Sequence[Factors], tensors: Sequence[Tensor], Bs: Sequence[Tensor]
-    ) -> list[tuple[Product, Factors, Tensor, slice, Tensor | None]]:
-        """Return for each product: itself, its factors, its tensor, its columns among the ranks, its narrow B."""
+        self, factors: Sequence[Factors], things: Sequence[T], Bs: Sequence[Tensor]
+    ) -> list[tuple[Product, Factors, T, slice, Tensor | None]]:
+        """Return for each product: itself, its factors, its thing, its columns among the ranks, its narrow B."""
         found, first, narrow = [], 0, iter(Bs)
-        for product, pair, tensor in zip(self.products, factors, tensors, strict=True):
+        for product, pair, thing in zip(self.products, factors, things, strict=True):
             rank = 0 if pair is None else len(pair[0])
-            found.append((product, pair, tensor, slice(first, first + rank), next(narrow, None) if rank else None))
+            found.append((product, pair, thing, slice(first, first + rank), next(narrow, None) if rank else None))
             first += rank
         return found
 
@@ -154,6 +192,10 @@ class Group:
         for product, pair, rows in zip(self.products, factors, torch.split(W, outputs), strict=True):
             product.write(rows, *(pair or (None, None)))
         return W
+
+
+def _dropped(product: Product, x: Tensor) -> Tensor:
+    return x if product.drop is None else product.drop(x)
 
 
 def _narrow(factors: Sequence[Factors], like: Tensor) -> tuple[Tensor | None, list[Tensor]]:

@@ -14,59 +14,71 @@ from decal.ops.fuse import region
 
 
 @region
-def rms_norm(x: Tensor, w: Tensor, eps: float) -> Tensor:
-    """Return w ∘ x / sqrt(mean(x²) + eps) over the last dimension (Zhang & Sennrich 2019, eq. 4)."""
-    return _rms_norm(x, w, eps)
+def rms_norm(x: Tensor, w: Tensor, eps: float, gemma: bool = False) -> Tensor:
+    """Return w ∘ x / sqrt(mean(x²) + eps) over the last dimension (Zhang & Sennrich 2019, eq. 4).
+
+    With `gemma` (here and below) it is 1 + w, multiplied before rounding, not after.
+    """
+    return _rms_norm(x, w, eps, gemma)
 
 
 @region
-def add_rms_norm(y: Tensor, x: Tensor, w: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def add_rms_norm(y: Tensor, x: Tensor, w: Tensor, eps: float, gemma: bool = False) -> tuple[Tensor, Tensor]:
     """Return x + y and its norm."""
     total = x + y
-    return total, _rms_norm(total, w, eps)
+    return total, _rms_norm(total, w, eps, gemma)
 
 
-def _rms_norm(x: Tensor, w: Tensor, eps: float) -> Tensor:
+@region
+def plus_rms_norm(y: Tensor, x: Tensor, w: Tensor, eps: float, gemma: bool = False) -> Tensor:
+    """Return x + the norm of y."""
+    return x + _rms_norm(y, w, eps, gemma)
+
+
+def _rms_norm(x: Tensor, w: Tensor, eps: float, gemma: bool) -> Tensor:
     wide = x.float()
     normed = wide * torch.rsqrt((wide * wide).mean(-1, keepdim=True) + eps)
-    return w * normed.to(x.dtype)
+    return (normed * (1.0 + w.float())).to(x.dtype) if gemma else w * normed.to(x.dtype)
 
 
 @region
-def rms_norm_backward(dy: Tensor, x: Tensor, w: Tensor, eps: float) -> Tensor:
+def rms_norm_backward(dy: Tensor, x: Tensor, w: Tensor, eps: float, gemma: bool = False) -> Tensor:
     """Return the gradient of x."""
-    return _rms_norm_backward(dy, x, w, eps).to(x.dtype)
+    return _rms_norm_backward(dy, x, w, eps, gemma).to(x.dtype)
 
 
 @region
-def rms_norm_backward_plus(dy: Tensor, x: Tensor, w: Tensor, eps: float, plus: Tensor) -> Tensor:
+def rms_norm_backward_plus(dy: Tensor, x: Tensor, w: Tensor, eps: float, plus: Tensor, gemma: bool = False) -> Tensor:
     """Return the gradient of x, and `plus` (what reaches x past the norm) added to it."""
-    return (_rms_norm_backward(dy, x, w, eps) + plus).to(x.dtype)
+    return (_rms_norm_backward(dy, x, w, eps, gemma) + plus).to(x.dtype)
 
 
-def _rms_norm_backward(dy: Tensor, x: Tensor, w: Tensor, eps: float) -> Tensor:
+def _rms_norm_backward(dy: Tensor, x: Tensor, w: Tensor, eps: float, gemma: bool) -> Tensor:
     wide = x.float()
     rstd = torch.rsqrt((wide * wide).mean(-1, keepdim=True) + eps)
-    d, n = (dy * w).float(), wide * rstd
+    d = dy.float() * (1.0 + w.float()) if gemma else (dy * w).float()
+    n = wide * rstd
     return (d - n * (n * d).mean(-1, keepdim=True)) * rstd
 
 
 @region
-def norm_heads(x: Tensor, wq: Tensor, wk: Tensor, eps: float, heads: int) -> Tensor:
+def norm_heads(x: Tensor, wq: Tensor, wk: Tensor, eps: float, heads: int, gemma: bool = False) -> Tensor:
     """Return x (N, H, E) with its first `heads` heads, queries, normed by wq, the next ones, keys, by wk (Qwen3).
 
     As many heads of values as of keys come last, and stay as they are.
     """
     q, k, v = torch.split(x, _thirds(x, heads), 1)
-    return torch.cat((_rms_norm(q, wq, eps), _rms_norm(k, wk, eps), v), 1)
+    return torch.cat((_rms_norm(q, wq, eps, gemma), _rms_norm(k, wk, eps, gemma), v), 1)
 
 
 @region
-def norm_heads_backward(d: Tensor, x: Tensor, wq: Tensor, wk: Tensor, eps: float, heads: int) -> Tensor:
+def norm_heads_backward(
+    d: Tensor, x: Tensor, wq: Tensor, wk: Tensor, eps: float, heads: int, gemma: bool = False
+) -> Tensor:
     """Return the gradient of x."""
     dq, dk, dv = torch.split(d, _thirds(d, heads), 1)
     q, k, _ = torch.split(x, _thirds(x, heads), 1)
-    dq, dk = _rms_norm_backward(dq, q, wq, eps), _rms_norm_backward(dk, k, wk, eps)
+    dq, dk = _rms_norm_backward(dq, q, wq, eps, gemma), _rms_norm_backward(dk, k, wk, eps, gemma)
     return torch.cat((dq.to(x.dtype), dk.to(x.dtype), dv), 1)
 
 
@@ -119,6 +131,24 @@ def gated_backward_(dy: Tensor, gate: Tensor, up: Tensor, activation: str) -> No
     dy.copy_(h)
     gate.copy_(d_gate)
     up.copy_(d_up)
+
+
+@region
+def gated_halves(both: Tensor, activation: str) -> Tensor:
+    """Return act(gate) ∘ up of both side by side, (N, 2 F)."""
+    gate, up = both.chunk(2, -1)
+    act = F.silu(_wide(gate)) if activation == "silu" else F.gelu(_wide(gate), approximate="tanh")
+    return (act * up).to(both.dtype)
+
+
+@region
+def gated_halves_backward_(dy: Tensor, both: Tensor, activation: str) -> None:
+    """Write act(gate) ∘ up over dy, and the gradients of gate and up, side by side, over these."""
+    gate, up = both.chunk(2, -1)
+    act, slope = _activation(_wide(gate), activation)
+    h, d_gate, d_up = act * up, _wide(dy) * up * slope, dy * act
+    dy.copy_(h)
+    both.copy_(torch.cat((d_gate, d_up), -1))
 
 
 @region

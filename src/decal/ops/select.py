@@ -1,23 +1,27 @@
 """Which implementation of an operation runs: plain PyTorch everywhere, compiled loops on a CPU, Triton on a CUDA card.
 
-Every kernel equals its PyTorch reference bit for bit, or says where it may not; the tests force each in turn.
+Every kernel equals its PyTorch reference bit for bit, or says where it may not; the tests force each in turn. One that
+cannot be compiled on this machine is named once, and its reference runs.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+import subprocess
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from importlib.util import find_spec
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 
+R = TypeVar("R")
 Kind = Literal["reference", "numba", "triton", "shapes"]  # shapes: tensors without values, on which nothing is computed
 
 _forced: Kind | None = None
 _habits: str | None = None
+_broken: set[str] = set()
 
 
 def kind(device: torch.device) -> Kind:
@@ -57,9 +61,50 @@ def planned(device_type: str) -> Iterator[None]:
         _habits = before
 
 
+class NotCompiled(Exception):
+    """A kernel cannot be compiled on this machine. Nothing has run."""
+
+
+def tried(name: str, kernel: Callable[[], R]) -> R:
+    """Return what a kernel returns. Raises NotCompiled, and says so the first time."""
+    if name in _broken:
+        raise NotCompiled(name)
+    try:
+        return kernel()
+    except Exception as error:
+        if not _cannot_compile(error):
+            raise
+        said = str(error).strip().splitlines() or [type(error).__name__]
+    _broken.add(name)
+    logging.getLogger("decal").warning(
+        "the kernel %s could not be compiled and runs in plain PyTorch, with equal results but slower (%s)",
+        name,
+        said[0][:120],
+    )
+    raise NotCompiled(name)
+
+
+def _cannot_compile(error: Exception) -> bool:
+    """Whether it comes from compiling: Triton's own errors, a missing or failing C compiler, a launcher not loaded."""
+    if not _installed("triton"):
+        return False
+    from triton.errors import TritonError
+    from triton.runtime.errors import InterpreterError
+
+    if isinstance(error, TritonError):
+        return not isinstance(error, InterpreterError)
+    if isinstance(error, subprocess.CalledProcessError | FileNotFoundError):
+        return True
+    return type(error) is RuntimeError and ("C compiler" in str(error) or "newly compiled" in str(error))
+
+
+def _installed(library: str) -> bool:
+    return find_spec(library) is not None
+
+
 @cache
 def _has(library: str) -> bool:
-    found = find_spec(library) is not None
+    found = _installed(library)
     if not found:
         extra = "cpu" if library == "numba" else "gpu"
         logging.getLogger("decal").warning(
