@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from decal.planning import kernels
 
 R = TypeVar("R")
+DEVICE = torch.ops.prim.device.default
 SMALL = 1 << 20  # elements: what has values and is no larger keeps them, so that models may look at positions
 
 
@@ -55,8 +55,11 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if func is DEVICE:  # half of all that is asked; FakeTensor's own answer, without its detours
+            self.now += not self._inside
+            return args[0].device
         kwargs = kwargs or {}
-        inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        inputs = [*tensors_in(args), *tensors_in(kwargs.values())]
         if has_values(func, inputs):
             with unset_fake_temporarily():
                 out = func(*args, **kwargs)
@@ -65,7 +68,7 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
         if self._inside:
             return out
         self.now += 1
-        outputs = [out] if isinstance(out, Tensor) else [x for x in tree_leaves(out) if isinstance(x, Tensor)]
+        outputs = list(tensors_in((out,)))
         for tensor in outputs:
             self.see(tensor)
         self._count(func, args, kwargs, inputs, outputs, out)
@@ -79,7 +82,7 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
         finally:
             self._inside = False
         self.now += 1
-        outputs = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
+        outputs = list(tensors_in((out,)))
         for tensor in outputs:
             self.see(tensor)
         self.moved.append((self.now, sum(kernels.size(x) for x in (*touched, *outputs))))
@@ -120,6 +123,15 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
         extra = kernels.workspace(func, args, card=self.card)
         if extra:
             self.blocks.append(Block(bytes=extra, born=self.now, died=self.now + 1, part="workspace"))
+
+
+def tensors_in(values: Iterable[Any]) -> Iterator[Tensor]:
+    """Yield the tensors among values and in lists of them, which is all that operations take and return."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from tensors_in(value)
 
 
 def has_values(func: Any, inputs: list[Tensor]) -> bool:
