@@ -177,9 +177,18 @@ def _read(path: Path, config: Any, task: TaskType, dtype: str | torch.dtype, ext
     _forget_quantizer(model)
     if "quantization_config" in extra:
         model.save_pretrained = partial(quantized.save_pretrained, model)
+    if "quantization_config" in extra:
+        _let_go(model)
     if coded and (path / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(path, local_files_only=True)
     return model
+
+
+def _let_go(model: nn.Module) -> None:
+    """Copy what still lies in the checkpoint's mapped files: one embedding there keeps all their pages resident."""
+    for parameter in model.parameters():
+        if parameter.is_floating_point() and parameter.device.type == "cpu":
+            parameter.data = parameter.data.clone()
 
 
 def quant_settings(
