@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -258,3 +260,45 @@ def test_a_large_model_is_planned_quickly(size: str, limit: float, tmp_path: Pat
     found = memory.forecast(asked)
     assert time.process_time() - began < limit
     assert found.phase("training").parts["frozen weights"] > 12 * 2**30
+
+
+class Head(torch.autograd.Function):
+    """y·Wᵀ with a gradient of W in W's own layout, as the loss gives it."""
+
+    @staticmethod
+    def forward(ctx: Any, y: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(y, w)
+        return y @ w.T
+
+    @staticmethod
+    def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        y, w = ctx.saved_tensors
+        return g @ w, g.T @ y
+
+
+def most_allocated(step: Callable[[], None]) -> int:
+    """Return what torch's own profiler sees allocated at most, with no operation watched."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as seen:
+        step()
+    sizes = [e.nbytes() for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]
+    return max(accumulate(sizes))
+
+
+def test_the_gradients_of_a_tied_weight_are_added_in_place() -> None:
+    """Without an operation watched autograd makes no third tensor of the size of both; the trace says so, too."""
+    w, ids = torch.ones(4096, 64, requires_grad=True), torch.arange(32)
+
+    def step() -> None:
+        w.grad = None
+        Head.apply(torch.nn.functional.embedding(ids, w), w).sum().backward()
+
+    step()
+    w.grad = None
+    real = most_allocated(step)
+    w.grad = None
+    trace = traced.Trace()
+    with trace:
+        trace.see(w)
+        step()
+    assert traced.peak(trace.blocks, 0, trace.now)[0] - w.nbytes == pytest.approx(real, rel=0.01)  # scalars, alignment
+    assert real < 2.5 * w.nbytes

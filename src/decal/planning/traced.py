@@ -6,6 +6,7 @@ views count nothing. What a kernel takes for itself while it runs is added from 
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -19,7 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from decal.planning import kernels
 
 R = TypeVar("R")
-DEVICE = torch.ops.prim.device.default
+DEVICE, ADD = torch.ops.prim.device.default, torch.ops.aten.add.Tensor
+ENGINE = torch.autograd.graph._engine_run_backward.__code__  # from where autograd's own operations come
 SMALL = 1 << 20  # elements: what has values and is no larger keeps them, so that models may look at positions
 
 
@@ -47,6 +49,8 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
         self.flops: list[tuple[int, int]] = []  # of matrix products and attention: (when, how many)
         self.moved: list[tuple[int, int]] = []  # bytes read and written by all else
         self._live: dict[int, tuple[weakref.ref[Any], Block]] = {}
+        self._summands: list[Block] = []  # of the sum that autograd formed last, and when that was
+        self._summed = -1
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -71,6 +75,8 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
         outputs = list(tensors_in((out,)))
         for tensor in outputs:
             self.see(tensor)
+        if func is ADD and sys._getframe(1).f_code is ENGINE:
+            self._summands, self._summed = [self.see(x) for x in inputs], self.now
         self._count(func, args, kwargs, inputs, outputs, out)
         return out
 
@@ -109,10 +115,19 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
         def forget(_: Any) -> None:
             trace = clock()
             if trace is not None:
-                block.died = trace.now + 1
+                block.died = trace.now + 1 - trace._took_over(block)
             live.pop(key, None)
 
         return forget
+
+    def _took_over(self, block: Block) -> bool:
+        """Whether a gradient that is freed would have held the sum that was just formed of it.
+
+        Autograd adds to a gradient that nobody else holds in place. Where every operation is watched it does not.
+        """
+        found = self.now == self._summed and any(block is summand for summand in self._summands)
+        self._summands = [] if found else self._summands  # one of the two alone
+        return found
 
     def _count(self, func: Any, args: Any, kwargs: Any, inputs: list[Tensor], outputs: list[Tensor], out: Any) -> None:
         work = kernels.flops(func, args, kwargs, out)
