@@ -38,10 +38,13 @@ def because(error: BaseException) -> str:
 
 
 def one_line(text: str, longest: int) -> str:
-    """Return a text of unknown origin so that it can stand in an error: one line, cut, nothing that moves a cursor."""
+    """Return a text of unknown origin for an error: one line, cut after a word, nothing that moves a cursor."""
     line = " ".join(text[: 4 * longest].split())
     line = "".join(letter if letter.isprintable() else "?" for letter in line)
-    return line if len(line) <= longest else f"{line[:longest].rstrip()} ..."
+    if len(line) <= longest:
+        return line
+    words = line[: longest + 1].rpartition(" ")[0]  # a cut within a word reads like another word
+    return f"{words if len(words) > longest // 2 else line[:longest].rstrip()} ..."
 
 
 def read_json(file: Path) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,6 +14,8 @@ from decal.errors import ConfigError
 
 if TYPE_CHECKING:
     from decal.planning.cards import Card
+    from decal.planning.epoch import Read
+    from decal.planning.time import Epoch
     from decal.planning.wanted import Wanted
     from decal.spec import RunConfig
 
@@ -86,17 +89,48 @@ def plan(
     }
     config = read(words or [], settings)
     with console.working("counting a step without weights"):
-        from decal.planning import answer
-
+        answer = _imported()
         known = _card(card, tflops)
-        wanted, room = _wanted(config, device, room, known)
+        data = _data(config)
+        wanted, room = _wanted(config, device, room, known, data)
         known = known or _here(wanted)
-        epoch = tokens if tokens is not None else None if rows is None else rows * wanted.length
-        done = answer.plan(wanted, room=room, card=known, tokens=epoch)
+        epoch = _epoch(data, tokens, rows, wanted.length)
+        done = answer.plan(wanted, room=room, card=known, epoch=epoch)
     if as_json:
         console.dump(done.to_dict())
     else:
-        planned.show(done, known)
+        planned.show(done, known, no_epoch=data if epoch is None and isinstance(data, str) else None)
+
+
+def _imported() -> Any:
+    """Return `decal.planning.answer`, imported with the collector at rest.
+
+    Else it looks through the libraries' objects again and again, for a fifth of the time that importing takes.
+    """
+    gc.disable()
+    try:
+        from decal.planning import answer
+    finally:
+        gc.freeze()
+        gc.enable()
+    return answer
+
+
+def _data(config: RunConfig) -> Read | str:
+    """Return the data of a run's settings, or why an epoch is not known."""
+    if config.data.path == NO_DATA:
+        return "no data are named"
+    from decal.planning import epoch
+
+    return epoch.read(config)
+
+
+def _epoch(data: Read | str, tokens: int | None, rows: int | None, length: int) -> Epoch | None:
+    from decal.planning.time import Epoch
+
+    if tokens is not None or rows is not None:
+        return Epoch(tokens=tokens or (rows or 0) * length)
+    return None if isinstance(data, str) else data.epoch()
 
 
 def _room(gpu: str | None) -> int | None:
@@ -131,7 +165,9 @@ def _card(name: str | None, tflops: float | None) -> Card | None:
     return cards.Card(name=f"{tflops:g} TFLOP/s", memory=0, tflops=tflops, bandwidth=4.5 * tflops, source="--tflops")
 
 
-def _wanted(config: RunConfig, device: Device | None, room: int | None, card: Card | None) -> tuple[Wanted, int | None]:
+def _wanted(
+    config: RunConfig, device: Device | None, room: int | None, card: Card | None, data: Read | str
+) -> tuple[Wanted, int | None]:
     """Return what is planned and the room there is: what was given, the card's, or this machine's."""
     import psutil
     import torch
@@ -139,8 +175,10 @@ def _wanted(config: RunConfig, device: Device | None, room: int | None, card: Ca
     from decal.planning import wanted
 
     if device is None:
-        there = room is not None or card is not None or torch.cuda.is_available()
-        device = Device.cuda if there else Device.cpu
+        named = config.train.device.partition(":")[0]
+        on_card = room is not None or card is not None or named == "cuda" or torch.cuda.is_available()
+        on_card = on_card and named != "cpu"
+        device = Device.cuda if on_card else Device.cpu
     if device is Device.cpu:
         room = room or psutil.virtual_memory().available
         numbers: Any = "bf16" if config.train.precision == "bf16" else "fp32"
@@ -152,7 +190,17 @@ def _wanted(config: RunConfig, device: Device | None, room: int | None, card: Ca
         old = card is not None and card.name == "t4"  # no bf16
         auto = "fp16" if old else "bf16"
         numbers = auto if config.train.precision == "auto" else config.train.precision
-    return wanted.of_run(config, device=device.value, numbers=numbers), room
+    there = None if isinstance(data, str) else data
+    held_out = None if there is None else there.held_out
+    asked = wanted.of_run(
+        config,
+        device=device.value,
+        numbers=numbers,
+        batch=None if there is None else there.batches.largest(),
+        eval_length=None if held_out is None else held_out.longest(),
+        evaluates=config.data.path == NO_DATA or wanted.evaluates_on(config.data),
+    )
+    return asked, room
 
 
 def _here(wanted: Wanted) -> Card | None:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import textwrap
 from typing import TYPE_CHECKING
 
 from decal.cli import console
-from decal.planning import classic
-from decal.planning.sizes import gib
+from decal.planning import classic, sizes
 
 if TYPE_CHECKING:
     from decal.planning.answer import Plan, Way
     from decal.planning.cards import Card
+    from decal.planning.fit import Fitting, Offer
+
+WIDTH = 90  # columns of a line of advice
 
 
 def show_classic(*, as_json: bool) -> None:
@@ -31,8 +34,8 @@ def show_classic(*, as_json: bool) -> None:
     )
 
 
-def show(plan: Plan, card: Card | None) -> None:
-    """Print a plan."""
+def show(plan: Plan, card: Card | None, *, no_epoch: str | None) -> None:
+    """Print a plan. `no_epoch`: why the time of an epoch is not known."""
     first = plan.way.forecast
     wanted = first.wanted
     share = 100 * first.trainable / first.parameters
@@ -47,35 +50,34 @@ def show(plan: Plan, card: Card | None) -> None:
     }
     console.say(str(console.facts(facts)) + "\n")
     _show_memory(plan)
-    _show_time(plan, card)
+    _show_time(plan, card, no_epoch)
     _show_fit(plan)
     for caution in plan.cautions:
-        console.warn(caution)
+        console.warn(textwrap.fill(caution, WIDTH, subsequent_indent="  "))
 
 
 def _show_memory(plan: Plan) -> None:
-    ways = [*plan.ways]
-    phases = plan.way.forecast.phases
-    table = console.plain_table(
-        "GiB", *(f"training, {way.name}" for way in ways), *(phase.name for phase in phases[1:3])
-    )
-    columns = [way.forecast.phase("training").parts for way in ways] + [phase.parts for phase in phases[1:3]]
-    for part in columns[0]:
-        sizes = [parts[part] for parts in columns]
-        if any(1000 * size >= sum(parts.values()) for size, parts in zip(sizes, columns, strict=True)):
-            table.add_row(part, *(gib(size) if size else "" for size in sizes))
-    table.add_row("peak", *(gib(sum(parts.values())) for parts in columns), style="bold")
+    """Print every phase by part, in one unit; a run's evaluation only where it has one."""
+    ways = [(f"training, {way.name}", way.forecast.phase("training")) for way in plan.ways]
+    wanted = plan.way.forecast.wanted
+    names = ["evaluation"] * wanted.evaluates + ["saving"] + ["merging"] * (not wanted.full)
+    columns = ways + [(name, plan.way.forecast.phase(name)) for name in names]
+    unit = sizes.unit(max(phase.peak for _, phase in columns))
+    table = console.plain_table(unit, *(name for name, _ in columns))
+    for part in columns[0][1].parts:
+        if any(1000 * phase.parts[part] > phase.peak for _, phase in columns):
+            table.add_row(part, *_cells([phase.parts[part] for _, phase in columns], unit))
+    table.add_row("peak", *_cells([phase.peak for _, phase in columns], unit), style="bold")
+    if any(phase.host for _, phase in columns):
+        table.add_row("host memory beside it", *_cells([phase.host for _, phase in columns], unit))
     console.show(table)
-    saving, merging = phases[2], phases[3]
-    lines = []
-    if saving.host:
-        lines.append(f"saving takes {gib(saving.host)} GiB of the computer's memory")
-    if merging.host:
-        lines.append(f"decal merge takes {gib(merging.host)} GiB of the computer's memory, and no card")
-    console.say("".join(f"{line}\n" for line in ["", *lines]).rstrip("\n"))
 
 
-def _show_time(plan: Plan, card: Card | None) -> None:
+def _cells(found: list[int], unit: str) -> list[str]:
+    return [sizes.number(size, unit) if size else "" for size in found]
+
+
+def _show_time(plan: Plan, card: Card | None, no_epoch: str | None) -> None:
     if card is None:
         console.say("\ntime: not known here; give --card or --tflops")
         return
@@ -83,10 +85,11 @@ def _show_time(plan: Plan, card: Card | None) -> None:
     for way in plan.ways:
         pace = way.pace
         assert pace is not None, "a card gives a pace"
-        line = f"{way.name}: {pace.step:,.2f} s a step, {pace.tokens_per_second:,.0f} tokens/s"
+        line = f"{way.name}: {pace.step:,.3g} s a step, {pace.tokens_per_second:,.0f} tokens/s"
         if pace.epoch is not None:
-            line += f", {pace.steps:,} steps in {clock(pace.epoch)}"
+            line += f"; an epoch: {pace.steps:,} steps in {clock(pace.epoch)}"
         lines.append(line)
+    lines += [] if no_epoch is None else [f"an epoch: not known ({no_epoch}); give --rows or --tokens"]
     where = f"{card.name}: {card.tflops:,.3g} TFLOP/s ({card.source})"
     console.say("\n" + str(console.facts({"time": "\n".join([*lines, f"on {where}"])})))
 
@@ -104,20 +107,34 @@ def _show_fit(plan: Plan) -> None:
         console.say("\nfits: give --gpu 24GiB (or --card) to know")
         return
     lines = [_verdict(way, plan.room) for way in plan.ways]
+    if plan.way.forecast.wanted.device == "cuda":
+        lines.append("(what it needs includes the allocator's holes and CUDA's context)")
     console.say("\n" + "\n".join(lines))
-    if plan.way.fits:
+    if plan.offer is not None:
+        _show_offer(plan.offer)
+
+
+def _show_offer(offer: Offer) -> None:
+    if offer.fittings:
+        console.say("\nwhat would make it fit, the cheapest first:")
+        for number, fitting in enumerate(offer.fittings, start=1):
+            console.say(f"  {number}. needs {sizes.told(fitting.forecast.needed)}")
+            _show_changes(fitting)
+        if offer.fewer:
+            console.say("  no other way was found")
         return
-    if not plan.fittings:
-        console.say("\nnothing that was tried makes it fit: take a smaller model or a larger card")
-        return
-    console.say("\nwhat would make it fit, the cheapest first:")
-    for number, fitting in enumerate(plan.fittings, start=1):
-        console.say(f"  {number}. {fitting.settings}")
-        console.say(f"     needs {gib(fitting.forecast.needed)} GiB; {fitting.price}")
+    console.say("\nnothing makes it fit: take a smaller model or a larger card")
+    if offer.least is not None:
+        console.say(f"  the least that it needs is {sizes.told(offer.least.forecast.needed)}, with")
+        _show_changes(offer.least)
+
+
+def _show_changes(fitting: Fitting) -> None:
+    for one in fitting.changes:
+        console.say(f"     {one}")
+        console.say(f"         {one.price}", style="dim")
 
 
 def _verdict(way: Way, room: int) -> str:
-    forecast = way.forecast
     word = "fits" if way.fits else "does not fit"
-    extra = ", the allocator's holes and CUDA's context included" if forecast.wanted.device == "cuda" else ""
-    return f"{way.name}: {word} in {gib(room)} GiB: it needs {gib(forecast.needed)} GiB{extra}"
+    return f"{way.name}: {word} in {sizes.told(room)}: it needs {sizes.told(way.forecast.needed)}"

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
+    CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     AutoConfig,
@@ -22,13 +24,13 @@ from transformers import (
 )
 
 from decal import locate
-from decal.errors import ConfigError, DecalError, Unsupported
+from decal.errors import ConfigError, DecalError, Unsupported, nearest
 from decal.files import checkpoint, sealed
 from decal.layers.dense import SIXTEEN_BIT, WIDE, widened
 from decal.model import devices, quantized, quantizer, sealing, streamed
 from decal.model.inject import place
 from decal.model.targets import HEADS
-from decal.reading import read_json, reading
+from decal.reading import one_line, read_json, reading
 from decal.spec import QuantConfig, TaskType
 
 AGAIN = "Download or copy the model again."
@@ -114,14 +116,27 @@ def _config(path: Path) -> Any:
     for name in ("config.json", "generation_config.json"):
         if (path / name).is_file():
             with reading(f"{name} is damaged", path / name, fix=AGAIN):
-                if not isinstance(read_json(path / name), dict):
+                found = read_json(path / name)
+                if not isinstance(found, dict):
                     raise ValueError("it holds no object")
+            if name == "config.json":
+                _check_known(found.get("model_type"), path / name)
     with reading("config.json describes no model that transformers knows", path / "config.json", fix=AGAIN):
         config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
         layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
         if isinstance(layers, int) and layers > MOST_LAYERS:  # which would be built one by one, for hours
             raise ValueError(f"{layers} layers")
         return config
+
+
+def _check_known(kind: object, file: Path) -> None:
+    if isinstance(kind, str) and kind not in CONFIG_MAPPING:
+        raise DecalError(
+            f"transformers {transformers.__version__} knows no model of type {one_line(kind, 40)!r}"
+            f"{nearest(kind, CONFIG_MAPPING)}",
+            got=file,
+            fix="Update transformers, or check model_type in this file.",
+        )
 
 
 def _loading(path: Path) -> AbstractContextManager[None]:
@@ -162,9 +177,18 @@ def _read(path: Path, config: Any, task: TaskType, dtype: str | torch.dtype, ext
     _forget_quantizer(model)
     if "quantization_config" in extra:
         model.save_pretrained = partial(quantized.save_pretrained, model)
+    if "quantization_config" in extra:
+        _let_go(model)
     if coded and (path / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(path, local_files_only=True)
     return model
+
+
+def _let_go(model: nn.Module) -> None:
+    """Copy what still lies in the checkpoint's mapped files: one embedding there keeps all their pages resident."""
+    for parameter in model.parameters():
+        if parameter.is_floating_point() and parameter.device.type == "cpu":
+            parameter.data = parameter.data.clone()
 
 
 def quant_settings(

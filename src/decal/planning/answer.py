@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from decal.planning import change, memory, time
+from decal.planning import fit, memory, time
 from decal.planning.cards import Card
-from decal.planning.change import Fitting
-from decal.planning.memory import Forecast
-from decal.planning.sizes import gib
-from decal.planning.time import Pace
+from decal.planning.fit import Fitting, Offer
+from decal.planning.memory import Forecast, Known
+from decal.planning.sizes import told
+from decal.planning.time import Epoch, Pace
 from decal.planning.wanted import Wanted
 
 # Ways of keeping less for backward, with the settings that choose them; the first keeps all.
@@ -34,13 +34,13 @@ class Way:
 class Plan:
     """`ways` hold every way of recomputing, `chosen` is the name of the one that the settings ask for.
 
-    `room` is what the device has, in bytes. `fittings` are there where the chosen way does not fit.
+    `room` is what the device has, in bytes. `offer` is there where the chosen way does not fit.
     """
 
     ways: tuple[Way, ...]
     chosen: str
     room: int | None
-    fittings: tuple[Fitting, ...]
+    offer: Offer | None
     cautions: tuple[str, ...]
 
     @property
@@ -56,6 +56,7 @@ class Plan:
             "numbers": wanted.numbers,
             "length": wanted.length,
             "micro_batch": wanted.train.micro_batch,
+            "evaluates": wanted.evaluates,
             "room": self.room,
             "chosen": self.chosen,
             "trainable": self.way.forecast.trainable,
@@ -67,33 +68,40 @@ class Plan:
                     "fits": way.fits,
                     "flops": way.forecast.work.flops,
                     "seconds_per_step": None if way.pace is None else way.pace.step,
+                    "steps_per_epoch": None if way.pace is None else way.pace.steps,
                     "seconds_per_epoch": None if way.pace is None else way.pace.epoch,
                     "tokens_per_second": None if way.pace is None else way.pace.tokens_per_second,
                 }
                 for way in self.ways
             },
-            "fit_with": [
-                {"settings": f.settings, "price": f.price, "peak": f.forecast.peak, "needed": f.forecast.needed}
-                for f in self.fittings
-            ],
+            "fit_with": [_fitting(f) for f in self.offer.fittings] if self.offer else [],
+            "no_other_way": self.offer is not None and self.offer.fewer,
+            "least": _fitting(self.offer.least) if self.offer and self.offer.least else None,
             "cautions": list(self.cautions),
         }
 
 
-def plan(wanted: Wanted, *, room: int | None = None, card: Card | None = None, tokens: int | None = None) -> Plan:
-    """Return the plan of a run on a device with `room` bytes, at `card`'s rates, for an epoch of `tokens` tokens."""
-    ways = []
+def _fitting(found: Fitting) -> dict[str, Any]:
+    return {
+        "settings": found.settings,
+        "changes": [{"settings": str(change), "price": change.price} for change in found.changes],
+        "peak": found.forecast.peak,
+        "needed": found.forecast.needed,
+    }
+
+
+def plan(wanted: Wanted, *, room: int | None = None, card: Card | None = None, epoch: Epoch | None = None) -> Plan:
+    """Return the plan of a run on a device with `room` bytes, at `card`'s rates, with the time of an epoch if given."""
+    ways, known = [], Known()
     for name, settings in RECOMPUTE.items():
-        forecast = memory.forecast(replace(wanted, train=wanted.train.model_copy(update=settings)))
-        pace = None if card is None else time.pace(forecast.work, wanted, card, tokens=tokens)
+        forecast = memory.forecast(replace(wanted, train=wanted.train.model_copy(update=settings)), known)
+        pace = None if card is None else time.pace(forecast.work, wanted, card, epoch=epoch)
         fits = None if room is None else forecast.needed <= room
         ways.append(Way(name=name, forecast=forecast, pace=pace, fits=fits))
     chosen = next(n for n, s in RECOMPUTE.items() if all(getattr(wanted.train, k) == v for k, v in s.items()))
     way = next(way for way in ways if way.name == chosen)
-    fittings = change.that_fit(way.forecast, room) if room is not None and way.fits is False else []
-    return Plan(
-        ways=tuple(ways), chosen=chosen, room=room, fittings=tuple(fittings), cautions=tuple(cautions(way, room))
-    )
+    offer = fit.offer(way.forecast, room, known=known) if room is not None and way.fits is False else None
+    return Plan(ways=tuple(ways), chosen=chosen, room=room, offer=offer, cautions=tuple(cautions(way, room)))
 
 
 def cautions(way: Way, room: int | None) -> list[str]:
@@ -102,12 +110,12 @@ def cautions(way: Way, room: int | None) -> list[str]:
     longest = forecast.positions
     if longest is not None and forecast.wanted.length > longest:
         notes.append(
-            f"rows of {forecast.wanted.length:,} tokens are longer than the {longest:,} positions of the model: "
-            "it can be run, but what lies beyond was never learnt"
+            f"rows of {forecast.wanted.length:,} tokens are longer than the {longest:,} positions of the model, "
+            "which never learnt what lies beyond"
         )
     if forecast.dtype_assumed:
         notes.append("the model's configuration does not say how its weights are stored: fp32 is assumed")
     still = sum(memory.still(forecast.phase("training")).values())
     if room is not None and still > room:
-        notes.append(f"the weights and the optimizer alone take {gib(still)} GiB, whatever the length")
+        notes.append(f"the weights and the optimizer alone take {told(still)}, whatever the length")
     return notes

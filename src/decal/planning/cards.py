@@ -70,7 +70,7 @@ def find(name: str) -> Card:
     return card
 
 
-def measured(device: torch.device, dtype: torch.dtype = torch.float32, seconds: float = 0.2) -> Card:
+def measured(device: torch.device, dtype: torch.dtype = torch.float32, seconds: float = 0.1) -> Card:
     """Return this machine's own rates: a product of 1024 x 1024 and a copy, the best of a few."""
     size = 1024 if device.type == "cpu" else 8192
     a, b = (torch.ones(size, size, dtype=dtype, device=device) for _ in range(2))

@@ -1,170 +1,98 @@
-"""What would make a run fit: settings that take less memory, the cheapest in time and quality first."""
+"""Settings that take less memory, and what they cost."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
-from itertools import combinations
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
-from decal.errors import DecalError
-from decal.planning import memory
-from decal.planning.memory import Forecast
 from decal.planning.shapes import ACTIVATIONS, FROZEN, GRADIENTS, LOGITS, OPTIMIZER, TRAINED, WORKSPACE
 from decal.planning.wanted import Wanted
 from decal.spec import QuantConfig
 
-SHORTEST = 128  # tokens: no row is cut below this
-TOGETHER = 3  # changes that are combined at most
-COUNTED = 12  # combinations that are counted at most; a guess says which are worth it
-HOPE = 1.3  # a guess may be so much too high
+ROWS, LENGTH, FORMAT = "train.micro_batch", "data.max_length", "quantize"
+BY_TOKENS = (ACTIVATIONS, LOGITS, WORKSPACE)  # parts that grow with a micro-batch
+BY_RANK = (TRAINED, GRADIENTS, OPTIMIZER)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Change:
-    """Other values for some settings. `price` says what they cost; `cost` orders: below 2 no result changes."""
+    """Other values for some settings. `price` says what they cost; `cost` orders: below 2 no result changes.
 
+    `left` is about what is left of some parts of the memory.
+    """
+
+    settings: Mapping[str, Any]
     price: str
     cost: float
-    train: Mapping[str, Any] = field(default_factory=dict)
-    lora: Mapping[str, Any] = field(default_factory=dict)
-    length: int | None = None
-    quantize: str | None = None
+    left: Mapping[str, float]
 
-    @property
-    def settings(self) -> str:
-        """The change in the words of `decal train`."""
-        words = [f"train.{name}={_word(value)}" for name, value in self.train.items()]
-        words += [f"lora.{name}={_word(value)}" for name, value in self.lora.items()]
-        words += [] if self.length is None else [f"data.max_length={self.length}"]
-        return " ".join(words + ([] if self.quantize is None else [f"quantize={self.quantize}"]))
-
-    def touches(self) -> set[str]:
-        return {word.partition("=")[0] for word in self.settings.split()}
+    def __str__(self) -> str:
+        """Return the change in the words of `decal train`."""
+        return " ".join(f"{name}={_word(value)}" for name, value in self.settings.items())
 
     def of(self, wanted: Wanted) -> Wanted:
         """Return `wanted` with this change."""
+        groups: dict[str, dict[str, Any]] = {"train": {}, "lora": {}}
+        for name, value in self.settings.items():
+            group, _, key = name.partition(".")
+            groups.get(group, {})[key] = value
+        coded = self.settings.get(FORMAT)
         return replace(
             wanted,
-            train=wanted.train.model_copy(update=self.train),
-            lora=wanted.lora.model_copy(update=self.lora),
-            length=self.length or wanted.length,
-            quantize=wanted.quantize if self.quantize is None else QuantConfig(format=self.quantize),  # type: ignore[arg-type]  # one of its formats
+            train=wanted.train.model_copy(update=groups["train"]),
+            lora=wanted.lora.model_copy(update=groups["lora"]),
+            length=self.settings.get(LENGTH, wanted.length),
+            quantize=wanted.quantize if coded is None else QuantConfig(format=coded),
         )
-
-    def guess(self, parts: dict[str, float], wanted: Wanted) -> dict[str, float]:
-        """Return about what the parts come down to; only to pass over what cannot be enough."""
-        share = dict.fromkeys(parts, 1.0)
-        if "micro_batch" in self.train or self.length is not None:
-            tokens = self.train.get("micro_batch", wanted.train.micro_batch) * (self.length or wanted.length)
-            share |= dict.fromkeys((ACTIVATIONS, WORKSPACE), tokens / wanted.tokens)
-        if "gradient_checkpointing" in self.train:
-            share[ACTIVATIONS] *= 0.1
-        if "optimizer" in self.train:
-            share[OPTIMIZER] *= 0.3
-        if "method" in self.train:
-            share |= dict.fromkeys((OPTIMIZER, GRADIENTS), 0.02) | {TRAINED: 0.5}
-        if self.quantize is not None:
-            share |= {FROZEN: 0.3, TRAINED: 0.3 if wanted.full else 1.0}
-        return {part: size * share[part] for part, size in parts.items()}
 
 
 def _word(value: object) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def changes(wanted: Wanted) -> list[Change]:
-    """Return the changes that may help `wanted`, the cheapest first."""
-    train, lora = wanted.train, wanted.lora
-    found = list(_batches(wanted))
+def changes(wanted: Wanted, *, kept: float = 0.1) -> list[Change]:
+    """Return the changes that may help `wanted`, but for shorter rows. `kept`: of activations, if layers run again."""
+    train, lora, rows = wanted.train, wanted.lora, wanted.train.micro_batch
+    found: list[Change] = []
+
+    def may(settings: dict[str, Any], price: str, cost: float, left: dict[str, float]) -> None:
+        found.append(Change(settings=settings, price=price, cost=cost, left=left))
+
+    for fewer in (rows >> halved for halved in range(1, rows.bit_length())):
+        settings = {ROWS: fewer, "train.accumulate": -(-rows * train.accumulate // fewer)}
+        cost = 0.5 + 0.1 * math.log2(rows / fewer)
+        may(settings, "equal results; smaller products may be slower", cost, dict.fromkeys(BY_TOKENS, fewer / rows))
     if not train.gradient_checkpointing:
-        price = "equal results; layers are computed twice, about a third more time"
-        found.append(Change(price=price, cost=1.5, train={"gradient_checkpointing": True}))
+        price = "equal results; layers are computed twice, a third more time"
+        may({"train.gradient_checkpointing": True}, price, 1, {ACTIVATIONS: kept})
     if "8bit" not in train.optimizer:
-        name = f"{train.optimizer}8bit"
-        found.append(Change(price="moments are rounded to 8 bits", cost=2, train={"optimizer": name}))
+        price = "the optimizer's moments are rounded to 8 bits"
+        may({"train.optimizer": f"{train.optimizer}8bit"}, price, 2, {OPTIMIZER: 0.27})
     if wanted.full:
-        found.append(Change(price="an adapter learns, not all weights", cost=3, train={"method": "lora"}))
-        coded = Change(price="an adapter learns on 4-bit weights", cost=4, train={"method": "lora"}, quantize="nf4")
-        found.append(coded)
-    elif wanted.quantize is None:
-        found.append(Change(price="the frozen weights are rounded to 4 bits", cost=2.5, quantize="nf4"))
-    for size, cost in ((wanted.length // 2, 3.0), (wanted.length // 4, 3.5)):
-        if size >= SHORTEST:
-            found.append(Change(price=f"rows over {size} tokens are cut", cost=cost, length=size))
-    if not wanted.full and lora.r > 8:
-        found.append(Change(price="a smaller adapter", cost=4.5, lora={"r": 8, "lora_alpha": 16}))
-    if not wanted.full and lora.target_modules == "all-linear":
-        found.append(Change(price="an adapter on attention alone", cost=5, lora={"target_modules": "attention"}))
-    return sorted(found, key=lambda change: change.cost)
-
-
-def _batches(wanted: Wanted) -> Iterator[Change]:
-    rows = wanted.train.micro_batch
-    for size in sorted({rows // 2, 1} - {0, rows}, reverse=True):
-        rounds = -(-rows * wanted.train.accumulate // size)
-        price = "equal results; smaller products may be slower"
-        yield Change(price=price, cost=1 + 0.1 / size, train={"micro_batch": size, "accumulate": rounds})
-
-
-@dataclass(frozen=True, kw_only=True)
-class Fitting:
-    """Changes that together make a run fit, and what it takes then."""
-
-    changes: tuple[Change, ...]
-    forecast: Forecast
-
-    @property
-    def settings(self) -> str:
-        return " ".join(change.settings for change in self.changes)
-
-    @property
-    def price(self) -> str:
-        return "; ".join(change.price for change in self.changes)
-
-
-def that_fit(forecast: Forecast, room: int, *, count: int = 3) -> list[Fitting]:
-    """Return the cheapest ways to bring a run's need down to `room` bytes, counted, at most `count`.
-
-    Each has one change, or as many as it takes; none holds another that fits without the rest.
-    """
-    known = changes(forecast.wanted)
-    sets = [chosen for n in range(1, TOGETHER + 1) for chosen in combinations(known, n) if _agree(chosen)]
-    found: list[Fitting] = []
-    counted = 0
-    for chosen in sorted(sets, key=lambda chosen: (sum(change.cost for change in chosen), len(chosen))):
-        if len(found) == count or counted == COUNTED:
-            break
-        if any(set(f.settings.split()) <= {w for c in chosen for w in c.settings.split()} for f in found):
-            continue
-        if _guess(chosen, forecast) > room * HOPE:
-            continue
-        counted += 1
-        tried = _try(chosen, forecast.wanted)
-        if tried is not None and tried.needed <= room:
-            found.append(Fitting(changes=chosen, forecast=tried))
+        left = {TRAINED: 0.5, GRADIENTS: 0.02, OPTIMIZER: 0.02}
+        may({"train.method": "lora"}, "an adapter is trained, not all weights", 3, left)
+        price = "an adapter is trained, on weights rounded to 4 bits"
+        may({"train.method": "lora", FORMAT: "nf4"}, price, 4, {**left, TRAINED: 0.2})
+        return found
+    if wanted.quantize is None:
+        may({FORMAT: "nf4"}, "the frozen weights are rounded to 4 bits", 2.5, {FROZEN: 0.26})
+    if lora.r > 8:
+        alpha = lora.lora_alpha * 8 / lora.r  # the scale alpha / r stays
+        smaller = {"lora.r": 8, "lora.lora_alpha": int(alpha) if alpha == int(alpha) else alpha}
+        may(smaller, "a smaller adapter", 3, dict.fromkeys(BY_RANK, 8 / lora.r))
+    if lora.target_modules == "all-linear":
+        price = "an adapter on attention's layers alone"
+        may({"lora.target_modules": "attention"}, price, 3.5, dict.fromkeys(BY_RANK, 0.35))
     return found
 
 
-def _agree(chosen: tuple[Change, ...]) -> bool:
-    """Whether no two of the changes are about the same setting."""
-    touched = [name for change in chosen for name in change.touches()]
-    return len(touched) == len(set(touched))
-
-
-def _guess(chosen: tuple[Change, ...], forecast: Forecast) -> float:
-    training = forecast.phase("training")
-    parts = {part: float(size) for part, size in training.parts.items()}
-    overhead = forecast.needed - training.peak
-    for change in chosen:
-        parts = change.guess(parts, forecast.wanted)
-    return sum(size for part, size in parts.items() if part not in (LOGITS, WORKSPACE)) + min(overhead, memory.CONTEXT)
-
-
-def _try(chosen: tuple[Change, ...], wanted: Wanted) -> Forecast | None:
-    for change in chosen:
-        wanted = change.of(wanted)
-    try:
-        return memory.forecast(wanted)
-    except DecalError:  # this model has no such layers, or cannot be stored so
-        return None
+def cut(wanted: Wanted, length: int) -> Change:
+    """Return the change to rows of `length` tokens; half as long costs as much as a smaller adapter."""
+    return Change(
+        settings={LENGTH: length},
+        price="longer rows are dropped, or cut (data.too_long)",
+        cost=2.5 + 0.5 * math.log2(wanted.length / length),
+        left=dict.fromkeys(BY_TOKENS, length / wanted.length),
+    )

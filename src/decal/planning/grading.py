@@ -13,9 +13,9 @@ import torch
 from decal.data.batches import Batches, InOrder
 from decal.errors import DecalError
 from decal.ops import nf4
-from decal.planning import cards, change, memory, rss, time, wanted
+from decal.planning import cards, fit, memory, rss, time, wanted
 from decal.planning.memory import Forecast
-from decal.planning.sizes import gib
+from decal.planning.sizes import told
 from decal.planning.time import Pace
 from decal.planning.wanted import Wanted
 from decal.spec import RunConfig
@@ -139,14 +139,13 @@ def device_memory(device: torch.device) -> int:
 
 def too_large(forecast: Forecast, room: int) -> str:
     """Return the note on a run that will hardly fit."""
-    ways = change.that_fit(forecast, room)
     there = "the card has" if forecast.wanted.device == "cuda" else "free are"
-    text = f"this run needs about {gib(forecast.needed)} GiB, and {there} {gib(room)} GiB"
-    if not ways:
+    text = f"this run needs about {told(forecast.needed)}, and {there} {told(room)}"
+    offer = fit.offer(forecast, room, count=1)
+    if not offer.fittings:
         return f"{text}: take a smaller model or a larger machine"
-    return f"{text}. It would fit with " + ", or with ".join(
-        f"{w.settings} ({gib(w.forecast.needed)} GiB)" for w in ways
-    )
+    (way,) = offer.fittings
+    return f"{text}. It would fit ({told(way.forecast.needed)}) with {way.settings}; for other ways see decal plan"
 
 
 def error(said: float, seen: float) -> float | None:

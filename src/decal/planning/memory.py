@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -60,10 +60,14 @@ class Forecast:
     @property
     def needed(self) -> int:
         """Bytes that the device must have: on a card, what lies outside the allocator and its holes are added."""
-        most = max(phase.peak for phase in self.phases)
+        most = max(phase.peak for phase in self.phases[:3])  # merging is no part of the run
         if self.wanted.device == "cuda":
-            return int(most * (1 + RESERVE)) + CONTEXT
+            return int(on_card(most))
         return most + max(0, self.resident - self.phase("training").peak)
+
+    def needed_at(self, peak: float) -> float:
+        """Return about what the device must have for another peak of training."""
+        return on_card(peak) if self.wanted.device == "cuda" else peak * self.needed / self.phase("training").peak
 
     @cached_property
     def resident(self) -> int:
@@ -74,16 +78,65 @@ class Forecast:
         return next(phase for phase in self.phases if phase.name == name)
 
 
-def forecast(wanted: Wanted) -> Forecast:
-    """Return what a run of `wanted` takes, from the model's configuration. Raises DecalError as training would."""
-    model = empty.trainable(wanted)
-    step = shapes.training_step(model, wanted)
+def on_card(peak: float) -> float:
+    """Return what a card must have for tensors of `peak` bytes."""
+    return peak * (1 + RESERVE) + CONTEXT
+
+
+@dataclass(kw_only=True)
+class Known:
+    """What has been counted, for further forecasts: models, steps and evaluations, by the settings that decide them."""
+
+    models: dict[str, Any] = field(default_factory=dict)
+    steps: dict[str, Counted] = field(default_factory=dict)
+    evaluations: dict[str, dict[str, int]] = field(default_factory=dict)
+
+    def model(self, wanted: Wanted) -> Any:
+        """Return the model as training would have it."""
+        key = repr((_base(wanted), wanted.train.gradient_checkpointing))
+        if key not in self.models:
+            self.models[key] = empty.trainable(wanted)
+        return self.models[key]
+
+    def step(self, wanted: Wanted) -> Counted:
+        """Return one step of training, counted."""
+        key = repr(replace(wanted, evaluates=True, eval_length=None))
+        if key not in self.steps:
+            self.steps[key] = shapes.training_step(self.model(wanted), wanted)
+        return self.steps[key]
+
+    def evaluation(self, wanted: Wanted) -> dict[str, int]:
+        """Return the parts of one micro-batch's evaluation, which neither optimizer nor recomputing changes."""
+        rows = replace(wanted, length=wanted.eval_length or wanted.length)
+        key = repr((_base(rows), rows.train.micro_batch, rows.length, rows.packed, rows.loss_rows))
+        if key not in self.evaluations:
+            self.evaluations[key] = _phase("", shapes.evaluation(self.model(wanted), rows), rows).parts
+        return self.evaluations[key]
+
+
+def _base(w: Wanted) -> tuple[object, ...]:
+    return w.model, w.revision, w.lora, w.train.method, w.quantize, w.device, w.numbers
+
+
+def forecast(wanted: Wanted, known: Known | None = None) -> Forecast:
+    """Return what a run of `wanted` takes, from the model's configuration. Raises DecalError as training would.
+
+    `known` holds what earlier forecasts counted and takes what this one counts.
+    """
+    known = known or Known()
+    model, step = known.model(wanted), known.step(wanted)
     parameters, config = list(model.parameters()), model.config.get_text_config()
     training = _phase("training", step, wanted)
-    evaluation = _evaluation(model, training, wanted)
+    held = dict.fromkeys(PARTS, 0) | still(training)
+    evaluation = (known.evaluation(wanted) if wanted.evaluates else held) | still(training)
     return Forecast(
         wanted=wanted,
-        phases=(training, evaluation, _saving(training, wanted), _merging(model, wanted)),
+        phases=(
+            training,
+            Phase(name="evaluation", parts=evaluation),
+            _saving(training, wanted),
+            _merging(model, wanted),
+        ),
         work=step,
         trainable=sum(p.numel() for p in parameters if p.requires_grad),
         parameters=sum(p.numel() for p in parameters) + uncounted(model),
@@ -97,14 +150,6 @@ def _phase(name: str, counted: Counted, wanted: Wanted) -> Phase:
     if wanted.device == "cuda":
         parts[WORKSPACE] += CUBLAS
     return Phase(name=name, parts=parts)
-
-
-def _evaluation(model: Any, training: Phase, wanted: Wanted) -> Phase:
-    held = dict.fromkeys(PARTS, 0) | still(training)
-    if not wanted.evaluates:
-        return Phase(name="evaluation", parts=held)
-    rows = replace(wanted, length=wanted.eval_length or wanted.length)
-    return Phase(name="evaluation", parts=_phase("", shapes.evaluation(model, rows), wanted).parts | still(training))
 
 
 def still(training: Phase) -> dict[str, int]:
@@ -123,19 +168,25 @@ def _saving(training: Phase, wanted: Wanted) -> Phase:
 
 def _merging(model: Any, wanted: Wanted) -> Phase:
     """`decal merge` sums one weight at a time on the host: a file that fills up, and one weight's wide copies."""
+    parts = dict.fromkeys(PARTS, 0)
     if wanted.full:
-        return Phase(name="merging", parts=dict.fromkeys(PARTS, 0))
+        return Phase(name="merging", parts=parts)
     counts = [m.weights if isinstance(m, Coded) else m.weight.numel() for m in _matrices(model)]
     adapted = [m for m in model.modules() if isinstance(m, AdaptedLinear)]
     widest = max((m.in_features * m.out_features for m in adapted), default=0)
     embedding: nn.Module = original(model.get_base_model().get_input_embeddings())
-    edges = sum(p.numel() * 2 for p in embedding.parameters())
-    return Phase(
-        name="merging", parts=dict.fromkeys(PARTS, 0), host=edges + min(2 * sum(counts), SHARD) + 3 * 4 * widest
-    )
+    held = {
+        EDGES: sum(p.numel() * 2 for p in embedding.parameters()),
+        FROZEN: min(2 * sum(counts), SHARD),
+        WORKSPACE: 3 * 4 * widest,
+    }
+    if wanted.device == "cuda":
+        return Phase(name="merging", parts=parts, host=sum(held.values()))
+    return Phase(name="merging", parts=parts | held)
 
 
 def _matrices(model: nn.Module) -> list[Any]:
-    """Return the frozen layers that have a weight of two dimensions or codes of one."""
-    held: list[Any] = [m for m in model.modules() if isinstance(getattr(m, "weight", None), nn.Parameter)]
+    """Return the frozen layers that have a weight of two dimensions or codes of one, each once."""
+    named = (m for m in model.modules() if isinstance(getattr(m, "weight", None), nn.Parameter))
+    held: list[Any] = list({id(m.weight): m for m in named}.values())  # an adapted layer answers for its base
     return [m for m in held if not m.weight.requires_grad and (isinstance(m, Coded) or m.weight.dim() > 1)]

@@ -12,7 +12,7 @@ middle one stands for the others (deepen.py).
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +25,7 @@ from decal.evaluate.loss import evaluating
 from decal.model.lean import lean
 from decal.ops import adam8, fuse, select, workspace
 from decal.planning import empty
+from decal.planning.autocast import AsOnACard
 from decal.planning.deepen import Middle, deepened
 from decal.planning.traced import Block, Trace, live_at, peak
 from decal.planning.wanted import Wanted
@@ -108,7 +109,8 @@ class _Run:
 
     def count(self, *, trains: bool) -> Counted:
         planned, seen = select.planned(self.wanted.device), fuse.seen_by(self.trace)
-        with planned, seen, lean(self.model), self._watched(), self.trace:
+        ways = AsOnACard() if self.wanted.device == "cuda" else nullcontext()
+        with planned, seen, lean(self.model), self._watched(), ways, self.trace:
             self._see_weights()
             optimizer = self._optimizer() if trains else None
             self.first = self.trace.now

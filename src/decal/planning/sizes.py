@@ -27,3 +27,18 @@ def gib(size: float) -> str:
     """Return a size in GiB, with as many digits as matter."""
     value = size / 2**30
     return f"{value:,.2f}" if value < 99.995 else f"{value:,.1f}"
+
+
+def unit(largest: float) -> str:
+    """Return the unit in which sizes up to `largest` are told: MiB below 1 GiB."""
+    return "GiB" if largest >= 2**30 else "MiB"
+
+
+def number(size: float, unit: str) -> str:
+    """Return a size in a unit of `unit`, without it."""
+    return gib(size) if unit == "GiB" else f"{size / 2**20:,.1f}"
+
+
+def told(size: float) -> str:
+    """Return a size with its unit."""
+    return f"{number(size, unit(size))} {unit(size)}"

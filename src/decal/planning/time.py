@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from decal.planning.cards import Card
 from decal.planning.shapes import Counted
@@ -11,6 +11,14 @@ from decal.planning.wanted import Wanted
 
 LAUNCH = 7e-6  # seconds that Python and torch take for one operation; a card waits for them where steps are small
 PYTHON_SHARE = 0.45  # of the operations counted, those that launch something (the others are views)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Epoch:
+    """Tokens that an epoch reads, padding included, and its optimizer steps (None: as many as the tokens fill)."""
+
+    tokens: int
+    steps: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,8 +36,8 @@ class Pace:
         return self.tokens / self.step
 
 
-def pace(work: Counted, wanted: Wanted, card: Card, *, tokens: int | None = None) -> Pace:
-    """Return the pace on `card`, with an epoch of so many tokens.
+def pace(work: Counted, wanted: Wanted, card: Card, *, epoch: Epoch | None = None) -> Pace:
+    """Return the pace on `card`. The epoch's seconds are those of its tokens at the pace of the largest micro-batch.
 
     Products and attention go at the card's rate, all else at the speed of its memory; a card waits for Python where
     that is slower.
@@ -39,10 +47,11 @@ def pace(work: Counted, wanted: Wanted, card: Card, *, tokens: int | None = None
     # A card works while Python goes on to the next operation; a CPU does one after the other.
     seconds = (max(compute, waiting) if wanted.device == "cuda" else compute + waiting) * wanted.train.accumulate
     step_tokens = wanted.tokens * wanted.train.accumulate
-    steps = None if tokens is None else max(1, -(-tokens // step_tokens))
-    return Pace(
-        step=seconds, tokens=step_tokens, steps=steps, epoch=None if steps is None else steps * seconds, card=card.name
-    )
+    found = Pace(step=seconds, tokens=step_tokens, steps=None, epoch=None, card=card.name)
+    if epoch is None:
+        return found
+    steps = epoch.steps or max(1, -(-epoch.tokens // step_tokens))
+    return replace(found, steps=steps, epoch=epoch.tokens / step_tokens * seconds)
 
 
 def foretold(seconds: Sequence[float], tokens: Sequence[int]) -> float:

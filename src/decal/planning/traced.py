@@ -6,6 +6,7 @@ views count nothing. What a kernel takes for itself while it runs is added from 
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -15,11 +16,12 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from decal.planning import kernels
 
 R = TypeVar("R")
+DEVICE, ADD = torch.ops.prim.device.default, torch.ops.aten.add.Tensor
+ENGINE = torch.autograd.graph._engine_run_backward.__code__  # from where autograd's own operations come
 SMALL = 1 << 20  # elements: what has values and is no larger keeps them, so that models may look at positions
 
 
@@ -47,6 +49,8 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
         self.flops: list[tuple[int, int]] = []  # of matrix products and attention: (when, how many)
         self.moved: list[tuple[int, int]] = []  # bytes read and written by all else
         self._live: dict[int, tuple[weakref.ref[Any], Block]] = {}
+        self._summands: list[Block] = []  # of the sum that autograd formed last, and when that was
+        self._summed = -1
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -55,8 +59,11 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if func is DEVICE:  # half of all that is asked; FakeTensor's own answer, without its detours
+            self.now += not self._inside
+            return args[0].device
         kwargs = kwargs or {}
-        inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        inputs = [*tensors_in(args), *tensors_in(kwargs.values())]
         if has_values(func, inputs):
             with unset_fake_temporarily():
                 out = func(*args, **kwargs)
@@ -65,9 +72,11 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
         if self._inside:
             return out
         self.now += 1
-        outputs = [out] if isinstance(out, Tensor) else [x for x in tree_leaves(out) if isinstance(x, Tensor)]
+        outputs = list(tensors_in((out,)))
         for tensor in outputs:
             self.see(tensor)
+        if func is ADD and sys._getframe(1).f_code is ENGINE:
+            self._summands, self._summed = [self.see(x) for x in inputs], self.now
         self._count(func, args, kwargs, inputs, outputs, out)
         return out
 
@@ -79,7 +88,7 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
         finally:
             self._inside = False
         self.now += 1
-        outputs = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
+        outputs = list(tensors_in((out,)))
         for tensor in outputs:
             self.see(tensor)
         self.moved.append((self.now, sum(kernels.size(x) for x in (*touched, *outputs))))
@@ -106,10 +115,19 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
         def forget(_: Any) -> None:
             trace = clock()
             if trace is not None:
-                block.died = trace.now + 1
+                block.died = trace.now + 1 - trace._took_over(block)
             live.pop(key, None)
 
         return forget
+
+    def _took_over(self, block: Block) -> bool:
+        """Whether a gradient that is freed would have held the sum that was just formed of it.
+
+        Autograd adds to a gradient that nobody else holds in place. Where every operation is watched it does not.
+        """
+        found = self.now == self._summed and any(block is summand for summand in self._summands)
+        self._summands = [] if found else self._summands  # one of the two alone
+        return found
 
     def _count(self, func: Any, args: Any, kwargs: Any, inputs: list[Tensor], outputs: list[Tensor], out: Any) -> None:
         work = kernels.flops(func, args, kwargs, out)
@@ -120,6 +138,15 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
         extra = kernels.workspace(func, args, card=self.card)
         if extra:
             self.blocks.append(Block(bytes=extra, born=self.now, died=self.now + 1, part="workspace"))
+
+
+def tensors_in(values: Iterable[Any]) -> Iterator[Tensor]:
+    """Yield the tensors among values and in lists of them, which is all that operations take and return."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from tensors_in(value)
 
 
 def has_values(func: Any, inputs: list[Tensor]) -> bool:

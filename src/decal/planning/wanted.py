@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from decal.data.batch import Batch
-from decal.spec import LoraConfig, QuantConfig, RunConfig, TrainConfig
+from decal.spec import DataConfig, LoraConfig, QuantConfig, RunConfig, TrainConfig
 
 Device = Literal["cpu", "cuda"]
 Numbers = Literal["fp32", "bf16", "fp16"]
@@ -46,6 +46,11 @@ class Wanted:
     def stored_wide(self) -> bool:
         """Whether the weights are made fp32 as they are loaded."""
         return self.full or (self.numbers == "fp32" and self.device != "cpu")
+
+
+def evaluates_on(data: DataConfig) -> bool:
+    """Whether a run's settings name rows to evaluate on."""
+    return bool(data.eval_rows or data.eval_path or data.eval_split)
 
 
 def of_run(
