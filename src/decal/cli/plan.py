@@ -189,7 +189,7 @@ def _wanted(
             room = torch.cuda.get_device_properties(0).total_memory
         old = card is not None and card.name == "t4"  # no bf16
         auto = "fp16" if old else "bf16"
-        numbers = auto if config.train.precision == "auto" else config.train.precision
+        numbers = {"auto": auto, "fp8": "bf16"}.get(config.train.precision, config.train.precision)
     there = None if isinstance(data, str) else data
     held_out = None if there is None else there.held_out
     asked = wanted.of_run(
