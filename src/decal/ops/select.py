@@ -106,11 +106,11 @@ def _installed(library: str) -> bool:
 def _has(library: str) -> bool:
     found = _installed(library)
     if not found:
-        extra = "cpu" if library == "numba" else "gpu"
+        wanted = {"numba": "'decal[cpu]'"}.get(library, library)
         logging.getLogger("decal").warning(
             "%s is not installed: 4-bit weights are decoded in plain PyTorch, with equal results but many times slower "
-            "(pip install 'decal[%s]')",
+            "(pip install %s)",
             library,
-            extra,
+            wanted,
         )
     return found
