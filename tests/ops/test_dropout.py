@@ -171,3 +171,12 @@ def test_outside_of_training_torch_draws_as_before() -> None:
     after, *_ = run(model)
     assert torch.equal(before, after)
     assert not torch.equal(before, inside)
+
+
+def test_without_numba_a_cpu_keeps_torchs_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(select, "installed", lambda library: library != "numba")
+    model = adapted(lora_dropout=0.3).train()
+    before, *_ = run(model)
+    with lean(model):
+        inside, *_ = run(model)
+    torch.testing.assert_close(inside, before, rtol=1e-5, atol=0)  # the same masks; fp32 in another order

@@ -16,7 +16,7 @@ from decal.layers.host_embedding import HostEmbedding, host_of
 from decal.layers.lean import LeanGatedMLP, LeanRMSNorm, lean_of
 from decal.layers.shelf import Shelf
 from decal.model.inject import place
-from decal.ops import fuse
+from decal.ops import dropout, fuse
 
 Lean = LeanBlock | HostEmbedding | LeanGatedMLP | LeanRMSNorm
 
@@ -27,12 +27,13 @@ def lean(model: nn.Module, *, embedding_on_host: bool = False, fp8: bool = False
 
     With `embedding_on_host` the table of the input embedding lies in host memory meanwhile; with `fp8` (see
     `require_fp8`) decoder layers compute their products in 8-bit floats where they train. Masks of dropout are drawn
-    again in backward, not kept.
+    again in backward, not kept, where that is quick.
     """
     adapters = [a for m in model.modules() if isinstance(m, AdaptedLinear) for a in m.adapters.values()]
     swapped: list[tuple[str, Lean]] = []
     shelf = Shelf()
-    one_function = fuse.on(next(model.parameters()).device)
+    device = next(model.parameters()).device
+    one_function = fuse.on(device)
     inner = _inner(model)
     table = inner.get_input_embeddings() if embedding_on_host else None
     for name, module in list(model.named_modules()):
@@ -48,7 +49,7 @@ def lean(model: nn.Module, *, embedding_on_host: bool = False, fp8: bool = False
             place(model, name, new)
             swapped.append((name, new))
     for adapter in adapters:
-        adapter.redraws = True
+        adapter.redraws = dropout.quick(device)
     try:
         yield len(swapped)
     finally:

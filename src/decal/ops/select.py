@@ -86,7 +86,7 @@ def tried(name: str, kernel: Callable[[], R]) -> R:
 
 def _cannot_compile(error: Exception) -> bool:
     """Whether it comes from compiling: Triton's own errors, a missing or failing C compiler, a launcher not loaded."""
-    if not _installed("triton"):
+    if not installed("triton"):
         return False
     from triton.errors import TritonError
     from triton.runtime.errors import InterpreterError
@@ -98,13 +98,13 @@ def _cannot_compile(error: Exception) -> bool:
     return type(error) is RuntimeError and ("C compiler" in str(error) or "newly compiled" in str(error))
 
 
-def _installed(library: str) -> bool:
+def installed(library: str) -> bool:
     return find_spec(library) is not None
 
 
 @cache
 def _has(library: str) -> bool:
-    found = _installed(library)
+    found = installed(library)
     if not found:
         wanted = {"numba": "'decal[cpu]'"}.get(library, library)
         logging.getLogger("decal").warning(
