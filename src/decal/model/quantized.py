@@ -223,7 +223,8 @@ def storage(model: nn.Module) -> list[str]:
     wide = [n.removeprefix("base_model.model.") for n, m in model.named_modules() if _holds_a_matrix(m)]
     some = ", ".join(wide[:4]) + (f" and {len(wide) - 4} more" if len(wide) > 4 else "")
     bits = bits_per_weight(model)
-    return [f"{counted(len(coded), 'layer')} stored in {form}, {bits:.3f} bits per weight; in 16 or 32 bits stay {some}"]
+    layers = counted(len(coded), "layer")
+    return [f"{layers} stored in {form}, {bits:.3f} bits per weight; in 16 or 32 bits stay {some}"]
 
 
 def _holds_a_matrix(module: nn.Module) -> bool:
