@@ -13,60 +13,25 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from decal import LoraConfig, get_peft_model
 from decal.bundled import MODEL_DIR
 from decal.errors import ConfigError, RunError
-from decal.layers.coded import CodedBase, CodedLinear
-from decal.layers.dense import DenseBase
-from decal.model import quantized
-from decal.model.inject import place
 from decal.model.lean import lean, require_fp8
 from decal.ops import fuse
-from decal.spec import QuantConfig
 from tests import models
+from tests.layers import four_layers
 
 IDS = torch.randint(3, 256, (4, 64), generator=torch.Generator().manual_seed(0))
 
 
+SIZES = {
+    "hidden_size": 128,
+    "intermediate_size": 352,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 256,
+}
+
+
 def made(quantize: str | None) -> nn.Module:
-    """Return four layers in bf16 with an adapter whose factors are both random."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=128,
-        intermediate_size=352,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=256,
-        tie_word_embeddings=False,
-        initializer_range=0.05,
-    )
-    model = LlamaForCausalLM(config).to(torch.bfloat16)
-    if quantize is not None:
-        settings, head = QuantConfig(format=quantize), model.get_output_embeddings()
-        for name, module in list(model.named_modules()):
-            if isinstance(module, nn.Linear) and module is not head:
-                layer = quantized.room_for(module, None, settings)
-                place(model, name, quantized.fill(layer, *layer.encode(module.weight.detach(), name), name))
-    return with_adapter(model)
-
-
-def with_adapter(model: Any) -> nn.Module:
-    lora = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", init_lora_weights=False)
-    adapted = get_peft_model(model, lora, generator=torch.Generator().manual_seed(2)).train()
-    with torch.no_grad():
-        for p in adapted.parameters():
-            if p.requires_grad:
-                p.mul_(0.1)  # the change is then near a tenth of a weight
-    return adapted
-
-
-def widened(model: nn.Module) -> nn.Module:
-    """Return it in fp32, what is coded decoded."""
-    for name, module in list(model.named_modules()):
-        if isinstance(module, CodedLinear):
-            dense = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
-            dense.weight = nn.Parameter(CodedBase(module).dense(torch.float32), requires_grad=False)
-            place(model, name, dense)
-            model.get_submodule(name.rpartition(".")[0]).base = DenseBase(dense)  # type: ignore[assignment]
-    return model.float()
+    return four_layers.make(SIZES, quantize, rank=8)
 
 
 def gradients(model: nn.Module, *, autocast: bool, ids: Tensor = IDS) -> Tensor:
@@ -92,7 +57,7 @@ def test_gradients_point_where_those_of_fp32_do(quantize: str | None, memory: st
     with fuse.forced("plain"), lean(model):
         plain = gradients(model, autocast=True)
     with fuse.forced("off"):
-        exact = gradients(widened(made(quantize)), autocast=False)
+        exact = gradients(four_layers.widened(made(quantize)), autocast=False)
     # Every product of 28 is off by 3.7%, and random weights pass all of it on: 0.9872 to 0.9892 here.
     assert cosine(narrow, exact) >= 0.985
     assert cosine(narrow, exact) < cosine(plain, exact)  # it did run in 8 bits
@@ -102,7 +67,9 @@ def test_gradients_of_a_pretrained_model_on_text() -> None:
     """Six layers that have learnt, where 0.99 is asked for."""
 
     def pretrained(dtype: torch.dtype) -> nn.Module:
-        return with_adapter(AutoModelForCausalLM.from_pretrained(MODEL_DIR, dtype=torch.bfloat16).to(dtype))
+        return four_layers.with_adapter(
+            AutoModelForCausalLM.from_pretrained(MODEL_DIR, dtype=torch.bfloat16).to(dtype), rank=8
+        )
 
     text = Path(__file__).parents[2].joinpath("README.md").read_text(encoding="utf-8")
     ids = torch.tensor(AutoTokenizer.from_pretrained(MODEL_DIR)(text[:2000])["input_ids"][:256]).view(2, -1)

@@ -9,21 +9,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from decal.data.batch import Batch
-from decal.layers.coded import CodedBase, CodedLinear
-from decal.layers.dense import DenseBase
-from decal.model import quantized
-from decal.model.inject import place
 from decal.model.lean import lean
-from decal.model.wrapper import PeftModel
 from decal.ops import fuse
 from decal.ops.block import Memory
-from decal.spec import LoraConfig, QuantConfig, TrainConfig
+from decal.spec import TrainConfig
 from decal.training import graphs, optim, precision
 from decal.training.losses import SFT
 from decal.training.step import take_step
+from tests.layers import four_layers
 
 pytestmark = pytest.mark.gpu
 
@@ -35,46 +30,18 @@ def batch(rows: int = 2, length: int = 1024) -> Batch:
     return Batch(input_ids=ids, labels=ids, position_ids=None)
 
 
+SIZES = {
+    "hidden_size": 512,
+    "intermediate_size": 1408,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "vocab_size": 2048,
+}
+
+
 def made(quantize: str | None) -> nn.Module:
-    """Four layers in bf16 on the card, with an adapter whose factors are both random."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=512,
-        intermediate_size=1408,
-        num_hidden_layers=4,
-        num_attention_heads=8,
-        num_key_value_heads=2,
-        vocab_size=2048,
-        tie_word_embeddings=False,
-        initializer_range=0.05,
-    )
-    model = LlamaForCausalLM(config).to("cuda", torch.bfloat16)
-    if quantize is not None:
-        settings = QuantConfig(format=quantize)
-        head = model.get_output_embeddings()
-        for name, module in list(model.named_modules()):
-            if isinstance(module, nn.Linear) and module is not head:
-                layer = quantized.room_for(module, None, settings)
-                place(model, name, quantized.fill(layer, *layer.encode(module.weight.detach(), name), name))
-    lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", init_lora_weights=False)
-    adapted = PeftModel(model, lora, generator=torch.Generator().manual_seed(2)).train()
-    with torch.no_grad():
-        for p in adapted.parameters():
-            if p.requires_grad:
-                p.mul_(0.1)
-    return adapted
-
-
-def widened(model: nn.Module) -> nn.Module:
-    """Everything in fp32, what is coded decoded first."""
-    for name, module in list(model.named_modules()):
-        if isinstance(module, CodedLinear):
-            dense = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
-            dense.weight = nn.Parameter(CodedBase(module).dense(torch.float32), requires_grad=False)
-            place(model, name, dense)
-            parent = model.get_submodule(name.rpartition(".")[0])
-            parent.base = DenseBase(dense)  # type: ignore[assignment]  # an adapted layer's
-    return model.float()
+    """Return the model on the card."""
+    return four_layers.make(SIZES, quantize, rank=16, device="cuda")
 
 
 def gradients(model: nn.Module, *, autocast: bool) -> dict[str, Tensor]:
@@ -125,7 +92,7 @@ def errors(quantize: str | None) -> dict[str, float]:
         with mode(model, "keep"):
             found["plain"] = gradients(model, autocast=True)
     with exact():
-        expected = gradients(widened(made(quantize)), autocast=False)
+        expected = gradients(four_layers.widened(made(quantize)), autocast=False)
         for memory in MODES:
             model = made(quantize).float()
             with fuse.forced("compiled"), mode(model, memory):
@@ -188,7 +155,7 @@ def test_fp8_gives_a_gradient_of_about_the_same_direction(quantize: str | None, 
     with mode(model, memory, fp8=True):
         got = gradients(model, autocast=True)
     with exact():
-        expected = gradients(widened(made(quantize)), autocast=False)
+        expected = gradients(four_layers.widened(made(quantize)), autocast=False)
     both = [torch.cat([found[n].flatten().double() for n in sorted(found)]) for found in (got, expected)]
     # As on a CPU (tests/layers/test_block_fp8.py): random weights pass on all that 28 products are off by.
     assert float(torch.cosine_similarity(both[0], both[1], 0)) >= 0.985

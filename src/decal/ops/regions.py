@@ -118,8 +118,7 @@ def _halves(x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor
 @region
 def gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     """Return act(gate) ∘ up (Shazeer 2020); `activation` is "silu" or "gelu_pytorch_tanh"."""
-    act = F.silu(_wide(gate)) if activation == "silu" else F.gelu(_wide(gate), approximate="tanh")
-    return (act * up).to(gate.dtype)
+    return _gated(gate, up, activation)
 
 
 @region
@@ -137,8 +136,12 @@ def gated_backward_(dy: Tensor, gate: Tensor, up: Tensor, activation: str) -> No
 def gated_halves(both: Tensor, activation: str) -> Tensor:
     """Return act(gate) ∘ up of both side by side, (N, 2 F)."""
     gate, up = both.chunk(2, -1)
+    return _gated(gate, up, activation)
+
+
+def _gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     act = F.silu(_wide(gate)) if activation == "silu" else F.gelu(_wide(gate), approximate="tanh")
-    return (act * up).to(both.dtype)
+    return (act * up).to(gate.dtype)
 
 
 @region
