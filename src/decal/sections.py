@@ -91,10 +91,10 @@ class TrainConfig(Settings):
     )
     memory: str | None = Field(
         default=None,
-        description="A card's memory to spend, such as `8GiB`: decides what layers keep; not yet tried on a card.",
+        description="A card's memory to spend, such as `8GiB`: decides what layers keep.",
     )
     cuda_graphs: bool = Field(
-        default=False,
+        default=True,
         description="On a card, steps of a shape that came twice are recorded and replayed: less time for small steps "
         "([performance.md](performance.md)).",
     )

@@ -4,56 +4,110 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
 from decal import LoraConfig, get_peft_model
 from decal.data.batch import IGNORE, Batch
-from decal.model.lean import in_one_function, lean, run_layers
+from decal.errors import RunError
+from decal.model import direct
+from decal.model.direct import runs_directly
+from decal.model.lean import lean
 from decal.ops import fuse
 from decal.ops.loss import cross_entropy_of_rows
+from decal.ops.segments import segments
 from decal.training import graphs, head
 from decal.training.losses import SFT
 from tests import models
 
 
-def batch(learnt: int, rows: int = 2, length: int = 24) -> Batch:
+def batch(learnt: int, rows: int = 2, length: int = 24, *, packed: bool = False) -> Batch:
     ids = models.tokens(rows, length)
     labels = ids.clone()
     labels[:, : length - learnt] = IGNORE
-    return Batch(input_ids=ids, labels=labels, position_ids=None)
+    lengths = (length // 3, length - length // 3)
+    places = torch.cat([torch.arange(n) for n in lengths]).expand(rows, length)
+    return Batch(input_ids=ids, labels=labels, position_ids=places if packed else None)
 
 
+def gradients(model: nn.Module) -> list[torch.Tensor]:
+    found = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    model.zero_grad()
+    return found
+
+
+@pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("learnt", [1, 5, 24])
-def test_the_loss_of_fixed_shapes_is_the_loss(learnt: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", ["llama", "gemma", "phi3"])
+def test_the_loss_of_fixed_shapes_is_the_loss(
+    kind: str, learnt: int, packed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(graphs, "FILL", 16)
-    model = get_peft_model(models.make("llama", torch.float32), LoraConfig(r=4, target_modules="all-linear")).train()
+    monkeypatch.setattr(graphs, "STEP", 9)
+    model = get_peft_model(models.make(kind, torch.float32), LoraConfig(r=4, target_modules="all-linear")).train()
     body, linear = head.parts(model)
     with fuse.forced("plain"), lean(model):
-        assert not in_one_function(body, 24)  # not known before a first pass
-        expected, count = SFT(chunked=True)(model, batch(learnt))
-        assert in_one_function(body, 24)
-        fixed = graphs.fixed(body, batch(learnt))
+        assert not runs_directly(body, 128)  # not known before a first pass
+        expected, count = SFT(chunked=True)(model, batch(learnt, packed=packed))  # as transformers runs it
+        expected.backward()
+        theirs = gradients(model)
+        assert runs_directly(body, 128)
+        fixed = graphs.fixed(body, batch(learnt, packed=packed))
+        assert fixed.inputs.shape == (2, 27)
         assert len(fixed.rows) == len(fixed.targets) == len(fixed.rows.unique())
-        assert len(fixed.rows) % 16 == 0 or len(fixed.rows) == 48
+        assert len(fixed.rows) % 16 == 0 or len(fixed.rows) == 54
         assert int((fixed.targets >= 0).sum()) == count
-        hidden = run_layers(body, fixed.inputs).flatten(0, 1)
+        hidden = direct.run(body, fixed.inputs, fixed.places, fixed.where).flatten(0, 1)
         got = cross_entropy_of_rows(hidden, linear.weight, fixed.rows, fixed.targets)
+        got.backward()
+    # The same sums, in products of other shapes.
     torch.testing.assert_close(got, expected, rtol=1e-6, atol=0)
+    for mine, other in zip(gradients(model), theirs, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5 * float(other.abs().max()))
 
 
-def test_batches_with_as_many_learnt_tokens_share_a_shape() -> None:
+def test_packed_rows_run_directly_after_a_first_pass() -> None:
+    model = get_peft_model(models.make("llama", torch.float32), LoraConfig(r=4, target_modules="all-linear")).train()
+    body, _ = head.parts(model)
+    calls = []
+    body.register_forward_hook(lambda *_: calls.append(1))
+    with fuse.forced("plain"), lean(model):
+        first, second = (SFT(chunked=True)(model, batch(9, packed=True))[0] for _ in range(2))
+    assert calls == [1]
+    torch.testing.assert_close(second, first, rtol=1e-6, atol=0)  # the mask as transformers makes it, and as decal does
+
+
+def test_batches_with_about_as_many_tokens_share_a_shape() -> None:
     body, _ = head.parts(models.make("llama"))
-    keys = [graphs.fixed(body, batch(learnt)).key for learnt in (3, 9, 24)]
-    assert keys[0] == keys[1] == keys[2] == (2, 24, 48)  # filled up with all rows that there are
+    keys = [graphs.fixed(body, batch(*shape)).key for shape in ((3, 2, 24), (9, 2, 41), (24, 2, 64))]
+    assert keys[0] == keys[1] == keys[2] == (2, 64, 128, 0, 64)  # filled up with all rows that there are
+    packed = [graphs.fixed(body, batch(3, length=length, packed=True)).key for length in (50, 64)]
+    assert packed[0] == packed[1] == (2, 64, 128, 64, 128)
 
 
-def test_a_mask_or_a_window_is_not_for_recording() -> None:
+@pytest.mark.parametrize(
+    ("longest", "width"), [(1, 64), (64, 64), (65, 128), (1000, 1024), (1030, 1152), (2000, 2048), (4096, 4096)]
+)
+def test_widths_that_come_again(longest: int, width: int) -> None:
+    assert graphs.width_of(longest) == width
+
+
+def test_a_window_or_an_evaluation_is_not_run_directly() -> None:
     model = get_peft_model(models.make("mistral", torch.float32), LoraConfig(target_modules="all-linear")).train()
     body, _ = head.parts(model)
     with fuse.forced("plain"), lean(model):
-        ids = models.tokens(1, 8)
-        model(input_ids=ids, use_cache=False)
+        model(input_ids=models.tokens(1, 8), use_cache=False)
         body.config.sliding_window = 8
-        assert in_one_function(body, 8)
-        assert not in_one_function(body, 9)
-        model(input_ids=ids, position_ids=torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3]]), use_cache=False)
-        assert not in_one_function(body, 8)
+        assert runs_directly(body, 8)
+        assert not runs_directly(body, 9)
+        with torch.no_grad():
+            assert not runs_directly(body, 8)
+        model.eval()
+        assert not runs_directly(body, 8)
+
+
+def test_a_layer_that_cannot_tell_samples_apart_says_so() -> None:
+    model = get_peft_model(models.make("llama", torch.float32), LoraConfig(target_modules="all-linear"))
+    body, _ = head.parts(model)
+    where = segments(torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4]]))
+    with fuse.forced("plain"), lean(model), pytest.raises(RunError, match="tell packed samples apart"):
+        direct.run(body, models.tokens(1, 8), torch.arange(8)[None], where)

@@ -20,7 +20,7 @@ from decal.layers.lean import ACTIVATIONS, NORMS, activation_of
 from decal.layers.lora import LinearLoRA
 from decal.layers.seams import Base
 from decal.layers.shelf import Shelf
-from decal.ops import fuse, select
+from decal.ops import fuse, segments, select
 from decal.ops.block import Block, Memory, Norm, layer
 from decal.ops.dropout import Drop
 from decal.ops.fp8 import ALIGNED, Group8
@@ -59,7 +59,7 @@ class LeanBlock(nn.Module):
         offloads = getattr(original, "offloads_checkpoint", False)
         self.memory: Memory = ("offload" if offloads else "recompute") if original.gradient_checkpointing else "keep"
         self.fp8 = False
-        self.masked = True  # whether the last call brought a mask: without one attention is causal
+        self.whole = False  # whether the last call was of one function
         self.activation = activation_of(original.mlp)
 
     @property
@@ -67,10 +67,18 @@ class LeanBlock(nn.Module):
         return self._original[0]
 
     def forward(self, hidden_states: Tensor, **given: Any) -> Tensor:
-        """(B, S, D) -> (B, S, D), with the arguments that transformers gives a decoder layer."""
-        self.masked = given.get("attention_mask") is not None
+        """(B, S, D) -> (B, S, D), with the arguments that transformers gives a decoder layer.
+
+        `segments` (ops/segments.py) may say in the place of a mask where packed samples begin.
+        """
         block = self.block(hidden_states, given)
+        self.whole = block is not None
         if block is None:
+            if given.pop("segments", None) is not None:
+                raise RunError(
+                    "a decoder layer cannot tell packed samples apart as it is called here",
+                    fix="Use data.packing=false, or attention by sdpa.",
+                )
             if self.fp8 and self.training and torch.is_grad_enabled():
                 raise RunError(
                     "a decoder layer cannot train in fp8 as it is called here",
@@ -148,7 +156,7 @@ class LeanBlock(nn.Module):
             heads=(config.num_attention_heads, config.num_key_value_heads),
             width=attention.head_dim,
             activation=self.activation,
-            attend=partial(self._attend, mask=given.get("attention_mask")),
+            attend=partial(self._attend, mask=given.get("attention_mask"), where=given.get("segments")),
             memory=self.memory,
             shelf=self.shelf,
         )
@@ -181,8 +189,10 @@ class LeanBlock(nn.Module):
             first = part.stop
         return groups
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, *, mask: Any) -> Tensor:
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, *, mask: Any, where: segments.Segments | None) -> Tensor:
         module: Any = self.self_attn
+        if where is not None:
+            return segments.attend(q, k, v, where, module.scaling)
         interface: Any = ALL_ATTENTION_FUNCTIONS[module.config._attn_implementation]
         out: Tensor = interface(module, q, k, v, mask, dropout=0.0, scaling=module.scaling)[0]
         return out

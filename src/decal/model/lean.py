@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from decal.errors import ConfigError
 from decal.layers.adapted import AdaptedLinear
@@ -74,43 +74,10 @@ def require_fp8(model: nn.Module, dtype: torch.dtype) -> None:
         raise ConfigError(f"this model cannot train in fp8: {reason}", fix="Use train.precision=auto.")
 
 
-BODIES = {"LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model"}  # of transformers: an embedding, layers and a norm
-
-
 def _inner(model: nn.Module) -> Any:
     """Return the transformers model, adapted or not."""
     unwrap: Any = getattr(model, "get_base_model", None)
     return model if unwrap is None else unwrap()
-
-
-def in_one_function(body: Any, length: int) -> bool:
-    """Return whether a transformer body runs rows of `length` tokens in layers of one function, without a mask."""
-    layers = getattr(body, "layers", None)
-    if type(body).__name__ not in BODIES or not isinstance(layers, nn.ModuleList):
-        return False
-    if length > (getattr(body.config, "sliding_window", None) or length):
-        return False
-    return all(isinstance(layer, LeanBlock) and not layer.masked for layer in layers)
-
-
-def embedded(body: Any, input_ids: Tensor) -> Tensor:
-    """Return what `run_layers` takes, on the host: token ids, or their rows where the embedding lies there."""
-    table = body.embed_tokens
-    return table.rows(input_ids) if isinstance(table, HostEmbedding) else input_ids
-
-
-def run_layers(body: Any, inputs: Tensor) -> Tensor:
-    """Return what a body of `in_one_function` makes of whole rows: its own forward pass, less what waits for the card.
-
-    transformers asks the card whether rows are packed, which nothing recorded for replay may do.
-    """
-    hidden: Tensor = inputs if inputs.is_floating_point() else body.embed_tokens(inputs)
-    places = torch.arange(hidden.shape[1], device=hidden.device)[None]
-    rotation = body.rotary_emb(hidden, position_ids=places)
-    for layer in body.layers:
-        hidden = layer(hidden, attention_mask=None, position_embeddings=rotation)
-    out: Tensor = body.norm(hidden)
-    return out
 
 
 def general_note(model: nn.Module) -> str | None:

@@ -111,10 +111,11 @@ def spent(
         say("train.memory changes nothing: this model's layers do not run as one function each (docs/performance.md)")
         yield None
     else:
+        spend = Budget(model, parse(config.train.memory), tokens=tokens_of(config), device=device, say=say)
         try:
-            yield Budget(model, parse(config.train.memory), tokens=tokens_of(config), device=device, say=say)
+            yield spend
         finally:
-            torch.cuda.set_per_process_memory_fraction(1.0, device)
+            torch.cuda.set_per_process_memory_fraction(1.0, device.index)
 
 
 class Budget:
@@ -133,7 +134,7 @@ class Budget:
         others = total - free - torch.cuda.memory_reserved(device)  # the context, and other processes on the card
         self.context = int(min(others, CONTEXT) if others > 0 else CONTEXT)
         torch.cuda.empty_cache()
-        torch.cuda.set_per_process_memory_fraction(min(1.0, max(0, limit - self.context) / total), device)
+        torch.cuda.set_per_process_memory_fraction(min(1.0, max(0, limit - self.context) / total), device.index)
 
     def guarded(self, run: Backward, forget: Callable[[], object]) -> Backward:
         """Return `run`, which starts anew with less kept where it runs out of memory. `forget` undoes recordings."""

@@ -2,66 +2,105 @@
 
 A small step costs the host more time than the card: thousands of launches. A graph replays them at once, with the very
 same kernels in the same order. The first two batches of a shape run launch by launch (kernels are compiled then), the
-third is recorded and from then on replayed; a shape beyond MOST runs launch by launch, and so does everything if a
-recording fails.
+third is recorded and from then on replayed. Rows are filled up to widths that come again, as are the bounds of packed
+samples and the rows of the loss. A shape beyond MOST runs launch by launch, and so does everything if a recording
+fails, or if recordings leave too little memory for a step of another shape.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from decal.data.batch import IGNORE, Batch
-from decal.model.lean import embedded, in_one_function, run_layers
+from decal.model import direct
 from decal.ops.loss import cross_entropy_of_rows
+from decal.ops.segments import Segments, segments
 from decal.training import head, step
 from decal.training.losses import SFT, Loss, shifted
 from decal.training.precision import Precision
 
 BEFORE = 2  # batches of a shape that run launch by launch
-MOST = 4  # shapes that are recorded: each holds gradients of its own
+MOST = 32  # shapes that are recorded; their activations share one pool of memory, and all add to the same gradients
+FILL = 512  # rows of the loss come in multiples of it, with some of no loss
+STEP = 64  # tokens; widths of rows come in multiples of it, longer ones of a sixteenth of the next power of two
 
 
-FILL = 512
+def width_of(longest: int) -> int:
+    """Return the width that rows of `longest` tokens are filled up to: at most an eighth, or STEP, more."""
+    step = max(STEP, (1 << (longest - 1).bit_length()) // 16)
+    return -(-longest // step) * step
+
+
+def widened(batch: Batch) -> Batch:
+    """Return the batch with padding at the right up to its `width_of`, none of it learnt."""
+    more = width_of(batch.input_ids.shape[1]) - batch.input_ids.shape[1]
+    places = batch.position_ids
+    if places is not None:
+        places = torch.cat((places, torch.arange(more).expand(len(places), more)), 1)
+    ids, labels = pad(batch.input_ids, (0, more)), pad(batch.labels, (0, more), value=IGNORE)
+    return Batch(input_ids=ids, labels=labels, position_ids=places)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Fixed:
-    """A batch in shapes that come again: rows of the loss are filled up to a multiple of FILL with some of no loss."""
+    """A batch in a shape that comes again."""
 
     inputs: Tensor  # token ids, or their embeddings
-    rows: Tensor
+    rows: Tensor  # of the loss
     targets: Tensor
+    places: Tensor | None  # of packed rows, with `bounds`
+    bounds: Tensor | None
+    longest: int  # no sample is longer
 
     @property
     def key(self) -> tuple[int, ...]:
-        return (*self.inputs.shape, len(self.rows))
+        bounds = 0 if self.bounds is None else len(self.bounds)
+        return (*self.inputs.shape, len(self.rows), bounds, self.longest)
+
+    @property
+    def where(self) -> Segments | None:
+        return None if self.bounds is None else Segments(self.bounds, self.longest)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        named = {"inputs": self.inputs, "rows": self.rows, "targets": self.targets}
+        packed = {"places": self.places, "bounds": self.bounds}
+        return named | {name: x for name, x in packed.items() if x is not None}
 
     def to(self, device: torch.device) -> Fixed:
         """Return it on the device."""
-        inputs, rows, targets = (t.to(device, non_blocking=True) for t in (self.inputs, self.rows, self.targets))
-        return Fixed(inputs=inputs, rows=rows, targets=targets)
+        moved: dict[str, Any] = {name: x.to(device, non_blocking=True) for name, x in self._tensors().items()}
+        return replace(self, **moved)
 
     def write(self, other: Fixed) -> None:
         """Take the values of another of the same key."""
-        self.inputs.copy_(other.inputs, non_blocking=True)
-        self.rows.copy_(other.rows, non_blocking=True)
-        self.targets.copy_(other.targets, non_blocking=True)
+        given = other._tensors()
+        for name, tensor in self._tensors().items():
+            tensor.copy_(given[name], non_blocking=True)
 
 
 def fixed(body: nn.Module, batch: Batch) -> Fixed:
     """Return the batch in such a shape, on the host."""
+    batch = widened(batch)
     labels = shifted(batch.labels)
     live = labels != IGNORE
     rows, spare = live.nonzero().flatten(), (~live).nonzero().flatten()
     spare = spare[: -len(rows) % FILL]
-    targets = torch.cat((labels[rows], torch.full_like(spare, -1)))
-    return Fixed(inputs=embedded(body, batch.input_ids), rows=torch.cat((rows, spare)), targets=targets)
+    where = None if batch.position_ids is None else segments(batch.position_ids)
+    return Fixed(
+        inputs=direct.embedded(body, batch.input_ids),
+        rows=torch.cat((rows, spare)),
+        targets=torch.cat((labels[rows], torch.full_like(spare, -1))),
+        places=batch.position_ids,
+        bounds=None if where is None else where.bounds,
+        longest=batch.input_ids.shape[1] if where is None else where.longest,
+    )
 
 
 @dataclass(frozen=True)
@@ -70,8 +109,6 @@ class _Recorded:
     inputs: Fixed
     total: Tensor
     loss: Tensor
-    weights: list[nn.Parameter]
-    gradients: list[Tensor]
 
 
 class Graphs:
@@ -85,6 +122,8 @@ class Graphs:
         self._pool: Any = None
         self._seen: Counter[tuple[int, ...]] = Counter()
         self._recorded: dict[tuple[int, ...], _Recorded] = {}
+        self._moved: list[nn.Parameter] = []  # what a pass gives a gradient
+        self._gradients: list[Tensor] = []  # theirs, which recordings add to
         self._failed = False
 
     def backward(
@@ -99,20 +138,36 @@ class Graphs:
         """Do what step.backward does."""
         if precision.device.type != "cuda" or self._failed:
             return step.backward(model, batches, loss, scaler, precision=precision)
-        if self._stream is None:
-            self._stream = torch.cuda.Stream(precision.device)  # type: ignore[no-untyped-call]  # torch's
-        here = torch.cuda.current_stream(precision.device)
-        self._stream.wait_stream(here)
-        with torch.cuda.stream(self._stream):  # all steps, because memory freed on one stream is of no use to another
-            mean = self._backward(model, batches, loss, scaler)
-        here.wait_stream(self._stream)
-        return mean
+        try:
+            return self._beside(model, batches, loss, scaler)
+        except torch.OutOfMemoryError:
+            if not self._recorded:
+                raise
+        self.forget()
+        model.zero_grad(set_to_none=True)
+        torch.cuda.empty_cache()
+        self._failed = True
+        self.say("steps run launch by launch from here on: there is no room for one of another shape beside recordings")
+        return self.backward(model, batches, loss, scaler, precision=precision)
 
     def forget(self) -> None:
         """Give up what is recorded: the layers keep other things from now on."""
         self._recorded.clear()
         self._seen.clear()
+        self._gradients.clear()
         self._pool = None
+
+    def _beside(self, model: nn.Module, batches: Sequence[Batch], loss: Loss, scaler: torch.amp.GradScaler) -> Tensor:
+        """Run all passes on one stream beside the usual one: memory freed on one is of no use to the other."""
+        device = self.precision.device
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch's
+        here = torch.cuda.current_stream(device)
+        self._stream.wait_stream(here)
+        with torch.cuda.stream(self._stream):
+            mean = self._backward(model, batches, loss, scaler)
+        here.wait_stream(self._stream)
+        return mean
 
     def _backward(self, model: nn.Module, batches: Sequence[Batch], loss: Loss, scaler: torch.amp.GradScaler) -> Tensor:
         if not self._may_record(model, batches, loss, scaler):
@@ -120,16 +175,21 @@ class Graphs:
         device, (body, _) = self.precision.device, head.parts(model)
         total = torch.tensor(float(sum(loss.count(batch) for batch in batches)), device=device)
         mean = torch.zeros((), device=device)
+        if self._gradients:
+            self._lay_out()
         for batch in batches:
             if loss.count(batch) > 0:
-                mean += self._one(model, fixed(body, batch), total, alone=len(batches) == 1)
+                mean += self._one(model, fixed(body, batch), total)
         return mean
+
+    def _lay_out(self) -> None:
+        torch._foreach_zero_(self._gradients)
+        for weight, gradient in zip(self._moved, self._gradients, strict=True):
+            weight.grad = gradient
 
     def _may_record(self, model: nn.Module, batches: Sequence[Batch], loss: Loss, scaler: torch.amp.GradScaler) -> bool:
         """Whether all is known to run on the card without a word from the host. The model shows it on a first pass."""
         if scaler.is_enabled() or not isinstance(loss, SFT) or not loss.chunked:
-            return False
-        if any(batch.position_ids is not None for batch in batches):
             return False
         if sum(loss.count(batch) for batch in batches) == 0:
             return False
@@ -137,24 +197,22 @@ class Graphs:
         bias: Tensor | None = linear.bias
         longest = max(batch.input_ids.shape[1] for batch in batches)
         dropout = any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules())
-        return bias is None and not dropout and in_one_function(body, longest)
+        return bias is None and not dropout and direct.runs_directly(body, width_of(longest))
 
-    def _one(self, model: nn.Module, batch: Fixed, total: Tensor, *, alone: bool) -> Tensor:
+    def _one(self, model: nn.Module, batch: Fixed, total: Tensor) -> Tensor:
         """Add the gradient of one micro-batch, and return its share of the loss."""
         known = self._recorded.get(batch.key)
         self._seen[batch.key] += 1
-        if known is None and self._seen[batch.key] > self.before and len(self._recorded) < MOST:
+        comes_again = self._seen[batch.key] > self.before and len(self._recorded) < MOST
+        if known is None and comes_again and not self._failed:
             known = self._record(model, batch, total)
         if known is None:
-            return self._launched(model, batch.to(total.device), total)
+            part = self._launched(model, batch.to(total.device), total)
+            self._moved = self._moved or [p for p in model.parameters() if p.grad is not None]
+            return part
         known.inputs.write(batch)
         known.total.copy_(total)
         known.graph.replay()
-        for weight, gradient in zip(known.weights, known.gradients, strict=True):
-            if weight.grad is None:
-                weight.grad = gradient if alone else gradient.clone()  # the next replay writes over it
-            else:
-                weight.grad += gradient
         return known.loss.clone()
 
     def _launched(self, model: nn.Module, batch: Fixed, total: Tensor) -> Tensor:
@@ -165,30 +223,27 @@ class Graphs:
     def _loss(self, model: nn.Module, batch: Fixed, total: Tensor) -> Tensor:
         body, linear = head.parts(model)
         with self.precision.autocast():
-            hidden = run_layers(body, batch.inputs).flatten(0, 1)
+            hidden = direct.run(body, batch.inputs, batch.places, batch.where).flatten(0, 1)
             return cross_entropy_of_rows(hidden, linear.weight, batch.rows, batch.targets) / total
 
     def _record(self, model: nn.Module, batch: Fixed, total: Tensor) -> _Recorded | None:
         """Record the passes for batches of this shape; None where that fails."""
-        weights = [p for p in model.parameters() if p.requires_grad]
-        before = [p.grad for p in weights]
+        if not self._gradients:
+            self._gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._moved]
+            for weight, gradient in zip(self._moved, self._gradients, strict=True):
+                weight.grad = gradient
         inputs, total, graph = batch.to(total.device), total.clone(), torch.cuda.CUDAGraph()
-        for weight in weights:
-            weight.grad = None
         try:
             self._pool = self._pool or torch.cuda.graph_pool_handle()
             with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
                 loss = self._launched(model, inputs, total)
-            moved = [w for w in weights if w.grad is not None]
-            gradients = [w.grad for w in moved if w.grad is not None]
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
+            self.forget()
+            torch.cuda.empty_cache()
             self._failed = True
             self.say(f"steps run launch by launch, because recording one failed: {str(error).splitlines()[0][:120]}")
             return None
-        finally:
-            for weight, gradient in zip(weights, before, strict=True):
-                weight.grad = gradient
-        self._recorded[batch.key] = _Recorded(graph, inputs, total, loss, moved, gradients)
+        self._recorded[batch.key] = _Recorded(graph, inputs, total, loss)
         return self._recorded[batch.key]

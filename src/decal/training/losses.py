@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from decal.data.batch import IGNORE, Batch
+from decal.model import direct
 from decal.ops.loss import chunked_cross_entropy
+from decal.ops.segments import Segments, segments
 from decal.training import head
 
 Note = Callable[[str], None]
@@ -41,17 +44,34 @@ class SFT:
     def __call__(self, model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
         body, linear = head.parts(model) if self.chunked else (model, None)
         device = next(model.parameters() if linear is None else linear.parameters()).device
-        # No attention mask: with it transformers would not tell packed samples apart by their position_ids.
-        inputs = {"input_ids": batch.input_ids.to(device), "use_cache": False}
-        if batch.position_ids is not None:
-            inputs["position_ids"] = batch.position_ids.to(device)
         if linear is None:
             count = batch.loss_tokens
-            return model(**inputs, labels=batch.labels.to(device)).loss * count, count
-        hidden = body(**inputs).last_hidden_state
+            return model(**_inputs(batch, device), labels=batch.labels.to(device)).loss * count, count
+        hidden = hidden_states(body, batch, device)
         return chunked_cross_entropy(
             hidden.flatten(0, 1), linear.weight, shifted(batch.labels), bias=linear.bias, ignore=IGNORE
         )
+
+
+def hidden_states(body: nn.Module, batch: Batch, device: torch.device) -> Tensor:
+    """Return the last hidden states (B, T, D), by the quicker way where there is one (model/direct.py)."""
+    places = batch.position_ids
+    where = None if places is None else segments(places)
+    if not direct.runs_directly(body, batch.input_ids.shape[1] if where is None else where.longest):
+        out: Tensor = body(**_inputs(batch, device)).last_hidden_state
+        return out
+    inputs = direct.embedded(body, batch.input_ids).to(device)
+    if places is None or where is None:
+        return direct.run(body, inputs, None, None)
+    return direct.run(body, inputs, places.to(device), Segments(where.bounds.to(device), where.longest))
+
+
+def _inputs(batch: Batch, device: torch.device) -> dict[str, Any]:
+    """No attention mask: with it transformers would not tell packed samples apart by their position_ids."""
+    inputs = {"input_ids": batch.input_ids.to(device), "use_cache": False}
+    if batch.position_ids is not None:
+        inputs["position_ids"] = batch.position_ids.to(device)
+    return inputs
 
 
 def shifted(labels: Tensor) -> Tensor:
