@@ -32,6 +32,16 @@ class Quantize(str, Enum):
     int8 = "int8"
 
 
+class Numbers(str, Enum):
+    """What products are computed in."""
+
+    auto = "auto"
+    fp32 = "fp32"
+    bf16 = "bf16"
+    fp16 = "fp16"
+    fp8 = "fp8"
+
+
 def bench(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A folder or a hub id; only its config is read.")],
     rows: Annotated[int, typer.Option(help="Rows in a step.", min=1)] = 1,
@@ -39,9 +49,12 @@ def bench(
     rank: Annotated[int, typer.Option(help="LoRA rank, on all linear layers.", min=1)] = 16,
     quantize: Annotated[Quantize | None, typer.Option(help="Store the frozen base in 4 or 8 bits.")] = None,
     recompute: Annotated[bool, typer.Option("--recompute", help="Compute layers again in backward.")] = False,
-    steps: Annotated[int, typer.Option(help="Steps to take the median of, after 3 of warm-up.", min=1)] = 6,
+    precision: Annotated[Numbers, typer.Option(help="What is computed in, as train.precision.")] = Numbers.auto,
+    steps: Annotated[int, typer.Option(help="Steps to take the median of, after 4 of warm-up.", min=1)] = 6,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1.")] = "auto",
-    peers: Annotated[bool, typer.Option("--peers", help="Measure PEFT (and Liger) on the same work, too.")] = False,
+    peers: Annotated[
+        bool, typer.Option("--peers", help="Measure PEFT, with Liger, and Unsloth on the same work, too.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
 ) -> None:
     """Time a training step: tokens per second, share of the machine's own rate, memory, and that it learns."""
@@ -55,6 +68,7 @@ def bench(
             rank=rank,
             quantize=None if quantize is None else quantize.value,
             recompute=recompute,
+            precision=precision.value,
             steps=steps,
             device=device,
         )

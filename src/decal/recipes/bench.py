@@ -24,11 +24,14 @@ from decal.model.wrapper import PeftModel
 from decal.ops import workspace
 from decal.spec import LoraConfig, QuantConfig, TaskType, TrainConfig
 from decal.training import losses, optim, precision
+from decal.training.graphs import Graphs
 from decal.training.losses import Loss
 from decal.training.precision import Precision
 from decal.training.step import backward, take_step
 
-WARM_UP = 3  # steps: allocator, autotuning, the first fp32 moments
+WARM_UP = 4  # steps: allocator, autotuning, the first fp32 moments; on a card the third is recorded
+RECORDED = ("adamw", "adamw8bit")  # paged states watch every backward pass
+RESET = 2  # steps after which the peak of memory is counted: what is replayed allocates as it is recorded
 SQUARE = {"cuda": 8192, "cpu": 2048}  # of the products that the machine's own rate is measured with
 
 
@@ -105,8 +108,10 @@ def bench(work: Work) -> Bench:
     batch = batch_of(work, vocabulary=model.get_base_model().config.vocab_size)  # type: ignore[union-attr, arg-type]
     scaler = numbers.scaler()
 
+    run = Graphs(numbers, say=lambda text: None).backward if work.optimizer in RECORDED else backward
+
     def step() -> tuple[float, float]:
-        result = take_step(model, [batch], loss, optimizer, scaler, precision=numbers, limit=math.inf)
+        result = take_step(model, [batch], loss, optimizer, scaler, precision=numbers, limit=math.inf, run=run)
         return result.loss, result.grad_norm
 
     with lean(model, fp8=numbers.fp8):
@@ -135,7 +140,7 @@ def timed(step: Callable[[], tuple[float, float]], work: Work, device: torch.dev
     """Run warm-up and timed steps of (loss, gradient norm) and return what Bench holds of them."""
     seconds, seen = [], []
     for number in range(WARM_UP + work.steps):
-        if number == WARM_UP and device.type == "cuda":
+        if number == RESET and device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         began = now(device)
         seen.append(step())

@@ -1,7 +1,7 @@
-"""Other libraries' training step on the very work of `decal bench`: PEFT, with bitsandbytes and Liger where installed.
+"""Other libraries' training step on the very work of `decal bench`: PEFT (bitsandbytes, Liger) and Unsloth.
 
-Run as `python -m decal.recipes.peers WORK SYSTEM`, with the work as JSON: each system has a process of its own, because
-some of these libraries change transformers for good. This is the one file of decal that imports them.
+Each system has a process of its own, because some of these libraries change transformers for good. This is the one file
+of decal that imports them.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
@@ -25,7 +26,10 @@ from decal.recipes import bench
 from decal.recipes.bench import Bench, Work
 from decal.training import precision
 
-NEEDS = {"peft": ("peft",), "peft+liger": ("peft", "liger_kernel")}  # and bitsandbytes, where the base is quantised
+# Packages of each system; and bitsandbytes, where the base is quantised.
+NEEDS = {"peft": ("peft",), "peft+liger": ("peft", "liger_kernel"), "unsloth": ("unsloth", "unsloth_zoo")}
+ON_A_CARD = {"liger_kernel", "unsloth"}
+FIRST = {"unsloth": "import unsloth; "}  # it wants to be imported before transformers
 
 
 def installed(work: Work) -> tuple[list[str], list[str]]:
@@ -34,7 +38,7 @@ def installed(work: Work) -> tuple[list[str], list[str]]:
     for system, packages in NEEDS.items():
         wanted = (*packages, *(("bitsandbytes",) if work.quantize else ()))
         missing = [name for name in wanted if importlib.util.find_spec(name) is None]
-        on_cpu = "liger_kernel" in wanted and precision.pick_device(work.device).type != "cuda"
+        on_cpu = bool(ON_A_CARD & {*wanted}) and precision.pick_device(work.device).type != "cuda"
         if missing or on_cpu:
             lacking.append(f"{system} (needs {', '.join(missing) or 'a CUDA card'})")
         else:
@@ -44,7 +48,8 @@ def installed(work: Work) -> tuple[list[str], list[str]]:
 
 def measure(work: Work, system: str) -> Bench:
     """Measure one system in a process of its own. Raises RunError with its last words if it fails."""
-    words = [sys.executable, "-m", "decal.recipes.peers", json.dumps(asdict(work)), system]
+    program = f"{FIRST.get(system, '')}from decal.recipes.peers import main; main()"
+    words = [sys.executable, "-c", program, json.dumps(asdict(work)), system]
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
@@ -52,8 +57,8 @@ def measure(work: Work, system: str) -> Bench:
     return Bench(**json.loads(done.stdout.strip().splitlines()[-1]))
 
 
-def peft_bench(work: Work, *, liger: bool, rate: float) -> Bench:
-    """Return PEFT's figures: its own defaults (fp32 adapters, autocast), AdamW from torch."""
+def peft_model(work: Work, *, liger: bool) -> Any:
+    """Return PEFT's model with its own defaults: fp32 adapters."""
     import peft
 
     numbers = precision.resolve(work.precision, precision.pick_device(work.device))
@@ -71,7 +76,64 @@ def peft_bench(work: Work, *, liger: bool, rate: float) -> Bench:
     if work.recompute:
         model.enable_input_require_grads()
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    batch = bench.batch_of(work, vocabulary=base.config.vocab_size).to(numbers.device)
+    return model
+
+
+def unsloth_model(work: Work) -> Any:
+    """Return Unsloth's model, read from a folder of random weights, which is the one way in; its own recomputation."""
+    from unsloth import FastLanguageModel
+
+    numbers = precision.resolve(work.precision, precision.pick_device(work.device))
+    with tempfile.TemporaryDirectory() as folder:
+        base: Any = random_model(work.model, device=numbers.device, dtype=numbers.dtype, seed=work.seed)
+        base.save_pretrained(folder)
+        kinds = base.config.model_type
+        small_tokenizer(folder)
+        del base
+        torch.cuda.empty_cache()
+        model, _ = FastLanguageModel.from_pretrained(
+            model_name=folder,
+            max_seq_length=work.length,
+            dtype=numbers.dtype,
+            load_in_4bit=work.quantize is not None,
+        )
+    again = "unsloth" if work.recompute else False
+    targets = PHI3_LINEARS if kinds == "phi3" else LINEARS
+    model = FastLanguageModel.get_peft_model(
+        model,
+        r=work.rank,
+        lora_alpha=2 * work.rank,
+        lora_dropout=0,
+        bias="none",
+        target_modules=targets,
+        use_gradient_checkpointing=again,
+        max_seq_length=work.length,
+    )
+    FastLanguageModel.for_training(model, use_gradient_checkpointing=again)
+    return model
+
+
+LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+PHI3_LINEARS = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
+
+
+def small_tokenizer(folder: str) -> None:
+    """Write a tokenizer of a few words, for a loader that wants one: the work is of token ids."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {word: number for number, word in enumerate(("<pad>", "<s>", "</s>", "<unk>", "a"))}
+    made = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(
+        tokenizer_object=made, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<pad>"
+    ).save_pretrained(folder)
+
+
+def timed(system: str, model: Any, work: Work, rate: float) -> Bench:
+    """Return the figures of a model that gives its own loss, under autocast, with torch's AdamW."""
+    numbers = precision.resolve(work.precision, precision.pick_device(work.device))
+    batch = bench.batch_of(work, vocabulary=model.config.vocab_size).to(numbers.device)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=work.lr, weight_decay=0.0, fused=True)
     parts: dict[str, float] = {}
@@ -92,9 +154,9 @@ def peft_bench(work: Work, *, liger: bool, rate: float) -> Bench:
 
     figures = bench.timed(step, work, numbers.device)
     return Bench(
-        system="peft+liger" if liger else "peft",
+        system=system,
         device=bench.device_name(numbers.device),
-        precision=numbers.setting,
+        precision=numbers.name,
         flops=0.0,  # the same work: decal's figure holds
         rate=rate,
         parts=dict(parts),
@@ -126,19 +188,16 @@ def quantize(model: nn.Module, kind: str) -> None:
         place(model, name, layer.to(module.weight.device))
 
 
-SYSTEMS: dict[str, Callable[[Work, float], Bench]] = {
-    "peft": lambda work, rate: peft_bench(work, liger=False, rate=rate),
-    "peft+liger": lambda work, rate: peft_bench(work, liger=True, rate=rate),
+MODELS: dict[str, Callable[[Work], Any]] = {
+    "peft": lambda work: peft_model(work, liger=False),
+    "peft+liger": lambda work: peft_model(work, liger=True),
+    "unsloth": unsloth_model,
 }
 
 
 def main() -> None:
     """Measure the system that the command line names and write its figures as one line of JSON to stdout."""
-    work = Work(**json.loads(sys.argv[1]))
-    numbers = precision.resolve(work.precision, precision.pick_device(work.device))
-    found = SYSTEMS[sys.argv[2]](work, bench.product_rate(numbers))
+    work, system = Work(**json.loads(sys.argv[1])), sys.argv[2]
+    rate = bench.product_rate(precision.resolve(work.precision, precision.pick_device(work.device)))
+    found = timed(system, MODELS[system](work), work, rate)
     sys.stdout.write(json.dumps(asdict(found)) + "\n")
-
-
-if __name__ == "__main__":
-    main()
