@@ -50,7 +50,7 @@ class SFT:
             return model(**inputs, labels=batch.labels.to(device)).loss * count, count
         hidden = body(**inputs).last_hidden_state
         return chunked_cross_entropy(
-            hidden.flatten(0, 1), linear.weight, shifted(batch.labels), bias=linear.bias, ignore=IGNORE
+            hidden.flatten(0, 1), head.weight_of(linear), shifted(batch.labels), bias=linear.bias, ignore=IGNORE
         )
 
 
