@@ -159,7 +159,7 @@ def replace(model: Any, config: Quantization) -> None:
     ends = {id(m) for m in (output, model.get_input_embeddings()) if m is not None}
     of_head = None if settings is None else settings.of_head()
     if of_head is not None:
-        _check_head(model, of_head)
+        check_head(model, of_head)
     kept: dict[str, int] = {}
     for name, module in list(model.named_modules()):
         own = {n: p for n, p in module.named_parameters(recurse=False) if p.dim() > 1}
@@ -202,7 +202,7 @@ def replace(model: Any, config: Quantization) -> None:
         )
 
 
-def _check_head(model: Any, settings: QuantConfig) -> None:
+def check_head(model: Any, settings: QuantConfig) -> None:
     """Raise Unsupported unless the model's output head is a linear layer of its own, which quantize.skip leaves be."""
     head = model.get_output_embeddings()
     name = next((name for name, module in model.named_modules() if module is head), "")

@@ -36,11 +36,11 @@ def chunked_cross_entropy(
 ) -> tuple[Tensor, int]:
     """Return the summed cross entropy (a scalar, at least fp32) of the supervised rows and how many there are.
 
-    `hidden` (N, D), `weight` (V, D), frozen if it is in slabs, `bias` (V,), `labels` (N,), `ignore` for rows outside the loss; they may lie
-    on the CPU, which spares a synchronisation with the device. Gradients reach hidden, and weight and bias where
-    they require them. Products run in autocast's dtype where autocast is on, else in the wider of the two inputs'
-    (a head stored in bf16 under fp32 activations is computed in fp32); the softmax is never below fp32. `chunk` rows of
-    logits exist at a time (None: CHUNK).
+    `hidden` (N, D), `weight` (V, D), frozen where it is in slabs, `bias` (V,), `labels` (N,), `ignore` for rows outside
+    the loss; they may lie on the CPU, which spares a synchronisation with the device. Gradients reach hidden, and
+    weight and bias where they require them. Products run in autocast's dtype where autocast is on, else in the wider of
+    the two inputs' (a head stored in bf16 under fp32 activations is computed in fp32); the softmax is never below fp32.
+    `chunk` rows of logits exist at a time (None: CHUNK).
     """
     rows = torch.nonzero(labels != ignore).flatten()
     targets = labels[rows]

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from decal.layers.coded import CodedLinear
+from decal.errors import ConfigError
+from decal.layers.coded import CodedBase, CodedLinear
 from decal.layers.dense import WideLinear
 from decal.layers.int8_linear import Int8Linear
 from decal.layers.nf4_linear import NF4Linear
@@ -23,7 +24,7 @@ from decal.ops import workspace
 from decal.ops.loss import chunked_cross_entropy
 from decal.ops.slabs import Slabs
 
-PLAIN = (nn.Linear, WideLinear, NF4Linear, Int8Linear)  # exactly these: a subclass or a wrapper may compute something else
+PLAIN = (nn.Linear, WideLinear, NF4Linear, Int8Linear)  # exactly: a subclass may compute something else
 Head = nn.Linear | CodedLinear
 LOUD = 100.0  # Gemma-2 caps logits at 30, so a hundredfold test cannot miss it
 TOKENS = 16
@@ -43,6 +44,23 @@ def parts(model: nn.Module) -> tuple[nn.Module, Head]:
 def weight_of(linear: Head) -> Tensor | Slabs:
     """Return a head's weight as the loss takes it."""
     return linear.slabs() if isinstance(linear, CodedLinear) else linear.weight
+
+
+def dense(linear: Head) -> Tensor:
+    """Return a head's whole weight (V, D) in fp32."""
+    return CodedBase(linear).dense(torch.float32) if isinstance(linear, CodedLinear) else linear.weight.float()
+
+
+def refuse_coded(model: nn.Module, reason: str) -> None:
+    """Raise ConfigError for an output head in codes where `reason` keeps the loss from going through it in slabs."""
+    get: Any = getattr(_inner(model), "get_output_embeddings", None)
+    head = None if get is None else get()
+    if isinstance(head, CodedLinear) and head.in_slabs:
+        raise ConfigError(
+            "quantize.head needs the loss that goes through the head in slabs, which is not this model's",
+            got=reason,
+            fix="Leave quantize.head out: the head stays as it is stored.",
+        )
 
 
 def _inner(model: nn.Module) -> Any:

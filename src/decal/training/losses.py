@@ -63,6 +63,7 @@ def sft(model: nn.Module, note: Note) -> SFT:
     """Return the SFT loss for `model`: chunked where that gives the model's own loss, else the model's own."""
     reason = head.why_not_chunked(model)
     if reason is not None:
+        head.refuse_coded(model, reason)
         note(f"the loss is the model's own, over full logits, because {reason}: it needs more memory")
     return SFT(chunked=reason is None)
 
