@@ -53,8 +53,8 @@ KERNELS = 30  # of a profile
 def cases() -> list[dict[str, Any]]:
     """Each work in every way to hold memory: all activations kept; recomputed from layer inputs; so, with the
 
-    embedding's table on the host; from inputs in host memory; both; within a budget of 8 GiB. The first three with the
-    layers' products in 8-bit floats besides (`-fp8`).
+    embedding's table on the host; from inputs in host memory; both; both with an NF4 head and 8-bit optimizer states
+    (`-slim`); within a budget of 8 GiB. The first three with the layers' products in 8-bit floats besides (`-fp8`).
     """
     works = [
         ("qlora-8b-4096x2", "8b", "nf4", 4096, 2),
@@ -71,18 +71,20 @@ def cases() -> list[dict[str, Any]]:
             ("-host", "recompute"),
             ("-offload", "offload"),
             ("-lean", "offload"),
+            ("-slim", "offload"),
             ("-8gib", "offload"),
         )
-        if (shape != "70b" or memory != "keep") and (ending != "-8gib" or (shape == "8b" and quantize == "nf4"))
+        if (shape != "70b" or memory != "keep")
+        and (ending not in ("-slim", "-8gib") or (shape == "8b" and quantize == "nf4"))
     ]
-    narrow = [case for case in exact if not case["name"].endswith(("-offload", "-lean", "-8gib"))]
+    narrow = [case for case in exact if not case["name"].endswith(("-offload", "-lean", "-slim", "-8gib"))]
     return exact + [{**case, "name": f"{case['name']}-fp8", "fp8": True} for case in narrow]
 
 
 CASES = cases()
 
 
-def build(shape: str, quantize: str | None, device: Any) -> Any:
+def build(shape: str, quantize: str | None, device: Any, *, head_format: str = "wide") -> Any:
     """Return a Llama of the shape with random weights on the device, its linear layers coded if asked for."""
     import torch
     from torch import nn
@@ -96,11 +98,13 @@ def build(shape: str, quantize: str | None, device: Any) -> Any:
     torch.manual_seed(0)
     with torch.device("meta"):
         model = LlamaForCausalLM(config).to(torch.bfloat16)
-    settings = None if quantize is None else QuantConfig(format=quantize)
+    settings = None if quantize is None else QuantConfig(format=quantize, head=head_format)
     head = model.get_output_embeddings()
     for name, module in list(model.named_modules()):
-        if isinstance(module, nn.Linear) and module is not head and settings is not None:
-            layer = quantized.room_for(module, None, settings)
+        how = settings.of_head() if module is head and settings is not None else settings
+        if isinstance(module, nn.Linear) and how is not None:
+            layer = quantized.room_for(module, None, how)
+            layer.in_slabs = module is head
             W = torch.empty(module.weight.shape, dtype=torch.bfloat16, device=device).normal_(std=0.02)
             place(model, name, quantized.fill(layer, *layer.encode(W, name), name))
         elif isinstance(module, (nn.Linear, nn.Embedding)):
@@ -127,7 +131,8 @@ def measure(case: dict[str, Any], steps: int, profile: bool) -> dict[str, Any]:
 
     device = torch.device(case.get("device", "cuda"))
     numbers = precision.Precision(name="bf16", device=device, fp8=case.get("fp8", False))
-    model = build(case["shape"], case["quantize"], device)
+    slim = case["name"].endswith("-slim")
+    model = build(case["shape"], case["quantize"], device, head_format="nf4" if slim else "wide")
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     config = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
     model = PeftModel(model, config, generator=torch.Generator().manual_seed(0))
@@ -135,13 +140,13 @@ def measure(case: dict[str, Any], steps: int, profile: bool) -> dict[str, Any]:
         model.activation_checkpointing_enable(offload=case["memory"] == "offload")
     model.train()
     loss = losses.sft(model, lambda text: None)
-    train = TrainConfig(lr=2e-4)
+    train = TrainConfig(lr=2e-4, optimizer="adamw8bit" if slim else "adamw")
     optimizer = optim.build(model, train)
     ids = torch.randint(case_vocabulary(model), (case["rows"], case["seq"]), generator=torch.Generator().manual_seed(1))
     group = [Batch(input_ids=ids, labels=ids, position_ids=None)]
     scaler = numbers.scaler()
     seconds, results = [], []
-    on_host = case["name"].removesuffix("-fp8").endswith(("-host", "-lean", "-8gib"))
+    on_host = case["name"].removesuffix("-fp8").endswith(("-host", "-lean", "-slim", "-8gib"))
     with ExitStack() as stack:
         stack.enter_context(lean(model, embedding_on_host=on_host, fp8=numbers.fp8))
         graphs = Graphs(numbers, say=print_aside)

@@ -124,9 +124,21 @@ class QuantConfig(Settings):
     block: Literal[32, 64, 128, 256, 512, 1024, 2048, 4096] = Field(
         default=64, description="nf4, fp4: weights that share a scale."
     )
+    head: Literal["wide", "nf4", "int8"] = Field(
+        default="wide", description="How a frozen output head is stored; other than `wide` changes every logit."
+    )
     skip: tuple[str, ...] = Field(
         default=(), description="Modules that stay wide, by name or last name, beside embeddings and head."
     )
     allow_dense: bool = Field(
         default=False, description="Go on where over 5% of the other parameters cannot be quantised."
     )
+
+    def of_head(self) -> QuantConfig | None:
+        """Return how the output head is stored; None: as it is."""
+        return None if self.head == "wide" else self.model_copy(update={"format": self.head})
+
+    @property
+    def has_files(self) -> bool:
+        """Whether a model stored so can be written: bitsandbytes' layout has one 4-bit format for a model."""
+        return self.format != "int8" and self.head in ("wide", self.format)

@@ -35,7 +35,7 @@ def least_loss(job: Job, batch: Batch) -> float:
         inputs = {"input_ids": batch.input_ids.to(device), "use_cache": False}
         hidden = body(**inputs).last_hidden_state.flatten(0, 1)[labels >= 0].float()
     tokens, counts = torch.unique(labels[labels >= 0], return_counts=True)
-    lowest = _least(linear.weight.float(), tokens, float(hidden.norm(dim=1).max()))
+    lowest = _least(head.dense(linear), tokens, float(hidden.norm(dim=1).max()))
     return float((lowest * counts).sum() / counts.sum())
 
 

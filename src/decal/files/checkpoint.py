@@ -38,6 +38,12 @@ class Checkpoint:
         with safe_open(self.file_of[key], framework="pt") as file:
             return tuple(file.get_slice(key).get_shape())
 
+    def rows(self, key: str, first: int, last: int) -> Tensor:
+        """Return some rows of a tensor as they are stored, on the CPU; no others are read."""
+        with safe_open(self.file_of[key], framework="pt") as file:
+            part: Tensor = file.get_slice(key)[first:last]
+            return part
+
     def tensor(self, key: str) -> Tensor:
         """Return a tensor as it is stored, on the CPU."""
         with safe_open(self.file_of[key], framework="pt") as file:

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from decal.errors import Unsupported
 from decal.layers.dense import SIXTEEN_BIT, WideLinear
-from decal.ops import merged, workspace
+from decal.ops import merged, slabs, workspace
+from decal.ops.slabs import Slabs
 
 FEW_ROWS = 32  # up to here a product may be formed without forming the weight
 
@@ -34,6 +35,8 @@ class CodedLinear(Coded):
     """A frozen linear layer in a coded format. `dtype` is what the weight was before, and what a dense copy has."""
 
     transposed = False  # whether checkpoints hold W as (in, out): GPT-2's Conv1D, some models' experts
+    in_slabs = False  # whether W is never whole, but a slab of rows at a time: an output head
+    row_step = 1  # rows that a slab may begin at are multiples of it
 
     def __init__(
         self, in_features: int, out_features: int, *, dtype: torch.dtype, bias: nn.Parameter | None = None
@@ -54,9 +57,14 @@ class CodedLinear(Coded):
         """Return the bytes of codes and of scales for W (out, in). Raises DecalError naming the tensor."""
         raise NotImplementedError
 
-    def decode(self, out: Tensor) -> Tensor:
-        """Write W into `out` (out, in) and return it."""
+    def decode(self, out: Tensor, first: int = 0) -> Tensor:
+        """Write W's rows from `first` (a multiple of `row_step`) on into `out` (rows, in) and return it."""
         raise NotImplementedError
+
+    def slabs(self) -> Slabs:
+        """Return W in slabs of at most `slabs.ROWS` rows, or of `row_step` where that is more."""
+        size = max(self.row_step, slabs.ROWS // self.row_step * self.row_step)
+        return Slabs(shape=(self.out_features, self.in_features), dtype=self.dtype, rows=size, form=self.decode)
 
     def decode_plus(self, A: Tensor, B: Tensor, s: float, out: Tensor) -> Tensor:
         """Write W + s·B·A into `out` (out, in), rounded once, and return it."""
@@ -113,6 +121,8 @@ class CodedBase:
             y = self.layer.multiply(x.reshape(-1, self.in_features))
             if y is not None:
                 return y.view(*x.shape[:-1], self.out_features)
+        if self.layer.in_slabs:
+            return slabs.linear(x, self.layer.slabs())
         return merged.frozen_linear(x, self._in_buffer)
 
     def matmul_plus(self, x: Tensor, change: Tensor) -> Tensor:

@@ -28,9 +28,10 @@ class Int8Linear(CodedLinear):
         codes, absmax = int8.quantize(W, name=name)
         return codes.flatten().view(torch.uint8), absmax.view(torch.uint8)
 
-    def decode(self, out: Tensor) -> Tensor:
+    def decode(self, out: Tensor, first: int = 0) -> Tensor:
         codes = self.weight.detach().view(torch.int8).view(self.out_features, self.in_features)
-        return int8.dequantize(codes, self.scales.detach().view(torch.float32), out)
+        rows = slice(first, first + len(out))
+        return int8.dequantize(codes[rows], self.scales.detach().view(torch.float32)[rows], out)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, int8"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import gcd
 from typing import Literal
 
 import torch
@@ -35,6 +36,8 @@ class NF4Linear(CodedLinear):
         self.blocks = -(-in_features * out_features // block)
         self.super_blocks = -(-self.blocks // dynamic8.BLOCK)
         scales = 4 + 4 * self.super_blocks + self.blocks if double_quant else 4 * self.blocks
+        span = block * (dynamic8.BLOCK if double_quant else 1)  # weights whose scales are decoded together
+        self.row_step = span // gcd(span, in_features)
         self.reserve((-(-in_features * out_features // 2),), (scales,), device)
 
     def encode(self, W: Tensor, name: str) -> tuple[Tensor, Tensor]:
@@ -49,8 +52,12 @@ class NF4Linear(CodedLinear):
         floats = self.scales.detach()[:split].view(torch.float32)
         return nf4.Nested(codes=self.scales.detach()[split:], absmax=floats[1:], offset=floats[0])
 
-    def decode(self, out: Tensor) -> Tensor:
-        return nf4.decode(self.weight.detach(), self.unpacked_scales(), out, block=self.block, kind=self.kind)
+    def decode(self, out: Tensor, first: int = 0) -> Tensor:
+        start = first * self.in_features
+        stop = start + out.numel()
+        scales = nf4.of_blocks(self.unpacked_scales(), start // self.block, -(-stop // self.block))
+        codes = self.weight.detach()[start // 2 : -(-stop // 2)]
+        return nf4.decode(codes, scales, out, block=self.block, kind=self.kind)
 
     def decode_plus(self, A: Tensor, B: Tensor, s: float, out: Tensor) -> Tensor:
         scales = self.unpacked_scales()

@@ -44,6 +44,6 @@ class StreamedLinear(CodedLinear):
         layer.weight, layer.scales = nn.Parameter(codes, requires_grad=False), nn.Parameter(scales, requires_grad=False)
         return layer
 
-    def decode(self, out: Tensor) -> Tensor:
+    def decode(self, out: Tensor, first: int = 0) -> Tensor:
         layer = self.coded()
-        return out.copy_(self.source()) if layer is None else layer.decode(out)
+        return out.copy_(self.source()[first : first + len(out)]) if layer is None else layer.decode(out, first)

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from decal.errors import Unsupported
+from decal.layers.coded import CodedLinear
 from decal.layers.dense import SIXTEEN_BIT, WideLinear
 from decal.layers.replaced import ReplacedModule
 from decal.model import targets
@@ -24,6 +25,12 @@ def refuse_fused_head(model: nn.Module) -> None:
     if not isinstance(head, nn.Module):
         return
     plain: Any = targets.original(head)
+    if isinstance(plain, CodedLinear):
+        raise Unsupported(
+            "TRL's trainers multiply by the output head's stored weight, and this one is stored in codes",
+            got=type(plain).__name__,
+            fix="Load the model without quantize.head, or train with decal.train.",
+        )
     if plain is not head and not isinstance(head, ReplacedModule):
         raise Unsupported(
             "TRL's trainers multiply by the output head's stored weight, past the adapter that is on it",

@@ -13,6 +13,7 @@ from torch import Generator, nn
 from decal.errors import AdapterError, TargetError, Unsupported, nearest
 from decal.layers.adapted import Adapted, AdaptedLinear
 from decal.layers.catalog import ADAPTERS, EMBEDDING_ADAPTERS, adapter_kind, base_of
+from decal.layers.coded import CodedLinear
 from decal.layers.embedding import AdaptedEmbedding, EmbeddingLoRA, TiedLoRA
 from decal.layers.lora import LoRA
 from decal.layers.replaced import ReplacedModule
@@ -99,6 +100,7 @@ class Injection:
                     f"{target.name!r} is offloaded (its weight is on the meta device)",
                     fix="Load the model without offloading: a device_map that fits, or a smaller model.",
                 )
+        self._refuse_coded_head(resolved)
         if tied is not None and not self.config.ensure_weight_tying:
             for kind, names in (
                 ("target_modules", [t.name for t in resolved.targets]),
@@ -115,6 +117,22 @@ class Injection:
             if any(t.name == name for t in resolved.targets) or name in resolved.replaced:
                 raise Unsupported(
                     f"{name!r} is both a target and under trainable_token_indices", fix="Choose one of the two."
+                )
+
+    def _refuse_coded_head(self, resolved: targets.Resolved) -> None:
+        """Raise Unsupported if a head that is decoded slab by slab is to be adapted or trained."""
+        head = targets.output_head(self.model)
+        if not (isinstance(head, CodedLinear) and head.in_slabs):
+            return
+        for kind, names in (
+            ("target_modules", [t.name for t in resolved.targets]),
+            ("modules_to_save", resolved.replaced),
+        ):
+            if hit := [n for n in names if any(m is head for m in original(self.model.get_submodule(n)).modules())]:
+                raise Unsupported(
+                    f"{kind} reaches the output head, which is stored in codes and stays frozen",
+                    got=", ".join(hit),
+                    fix="Leave quantize.head out, or leave the head out of the adapter.",
                 )
 
     # Linear layers and embeddings.

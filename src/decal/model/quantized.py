@@ -159,10 +159,15 @@ def write(model: Any, folder: Path) -> None:
     refuse_experts([name for name, m in model.named_modules() if isinstance(m, CodedExperts)])
     layers = {name: m for name, m in model.named_modules() if isinstance(m, CodedLinear)}
     forms = {name: m for name, m in layers.items() if not isinstance(m, StreamedLinear) or m.form is not None}
-    for layer in list(forms.values())[:1]:  # a model has one format
-        one = layer.form() if isinstance(layer, StreamedLinear) and layer.form is not None else layer
-        if not isinstance(one, NF4Linear):
-            raise Unsupported("only NF4 and FP4 have a common file layout", fix="Quantise to nf4 or fp4.")
+    kinds = {_form(m.form() if isinstance(m, StreamedLinear) and m.form is not None else m) for m in forms.values()}
+    if "int8" in kinds:
+        raise Unsupported("only NF4 and FP4 have a common file layout", fix="Quantise to nf4 or fp4.")
+    if len(kinds) > 1:
+        raise Unsupported(
+            "the common file layout has one 4-bit format for a model",
+            got=" and ".join(sorted(kinds)),
+            fix="Quantise the output head as the layers are, or leave quantize.head out.",
+        )
     bytes_of = {f"{name}.{part}" for name in layers for part in ("weight", "scales")}
     rest = {key: tensor for key, tensor in model.state_dict().items() if key not in bytes_of}
     type(model).save_pretrained(model, folder, state_dict=rest, max_shard_size=SHARD)
@@ -218,13 +223,19 @@ def storage(model: nn.Module) -> list[str]:
     coded = [m for m in model.modules() if isinstance(m, Coded)]
     if not coded:
         return []
-    one = coded[0].one if isinstance(coded[0], CodedExperts) else coded[0]
-    form = one.kind if isinstance(one, NF4Linear) else "int8"
+    heads = [m for m in coded if isinstance(m, CodedLinear) and m.in_slabs]
+    of_head = f", the output head in {_form(heads[0])}" if heads else ""
     wide = [n.removeprefix("base_model.model.") for n, m in model.named_modules() if _holds_a_matrix(m)]
     some = ", ".join(wide[:4]) + (f" and {len(wide) - 4} more" if len(wide) > 4 else "")
     bits = bits_per_weight(model)
-    layers = counted(len(coded), "layer")
-    return [f"{layers} stored in {form}, {bits:.3f} bits per weight; in 16 or 32 bits stay {some}"]
+    layers = counted(len(coded) - len(heads), "layer")
+    form = f"{layers} stored in {_form(coded[0])}{of_head}, {bits:.3f} bits per weight"
+    return [f"{form}; in 16 or 32 bits stay {some}"]
+
+
+def _form(layer: Coded) -> str:
+    one = layer.one if isinstance(layer, CodedExperts) else layer
+    return one.kind if isinstance(one, NF4Linear) else "int8"
 
 
 def _holds_a_matrix(module: nn.Module) -> bool:

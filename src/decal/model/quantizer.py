@@ -34,6 +34,7 @@ from decal.spec import QuantConfig, TaskType
 METHOD = "decal"
 # (name, W (out, in), its coded layer), for each weight as it is coded; all experts of one parameter have one name
 Observe = Callable[[str, Tensor, CodedLinear], None]
+WIDE_HEAD = "Leave quantize.head out: the head stays as it is stored."
 DENSE_SHARE = 0.05  # of the parameters outside embeddings and head that may stay wide unasked
 
 
@@ -154,23 +155,28 @@ def replace(model: Any, config: Quantization) -> None:
 
     Raises Unsupported where too much would stay wide.
     """
-    heads = {id(m) for m in (model.get_output_embeddings(), model.get_input_embeddings()) if m is not None}
-    settings = config.settings
+    output, settings = model.get_output_embeddings(), config.settings
+    ends = {id(m) for m in (output, model.get_input_embeddings()) if m is not None}
+    of_head = None if settings is None else settings.of_head()
+    if of_head is not None:
+        check_head(model, of_head)
     kept: dict[str, int] = {}
     for name, module in list(model.named_modules()):
         own = {n: p for n, p in module.named_parameters(recurse=False) if p.dim() > 1}
-        head = id(module) in heads or name.rpartition(".")[2] in HEADS[TaskType.SEQ_CLS]
-        weight = config.in_files.get(name)
-        if not own or isinstance(module, nn.Embedding) or (head and weight is None):
+        end = id(module) in ends or name.rpartition(".")[2] in HEADS[TaskType.SEQ_CLS]
+        how = (of_head if module is output else None) if end else settings
+        weight, stored = config.in_files.get(name), config.stored.get(name)
+        if not own or isinstance(module, nn.Embedding) or (end and how is None and weight is None and stored is None):
             continue
-        linear = settings is not None and type(module) in quantized.LINEAR
-        to_code = name in config.stored or (linear and not head and not _skipped(name, settings))
+        linear = how is not None and type(module) in quantized.LINEAR
+        to_code = stored is not None or (linear and not _skipped(name, settings))
         if weight is not None:
-            form = partial(quantized.room_for, module, None, settings) if to_code else None
+            form = partial(quantized.room_for, module, None, how) if to_code else None
             place(model, name, streamed.layer_of(weight, module, form))
             continue
         if to_code:
-            layer = quantized.room_for(module, config.stored.get(name), settings)
+            layer = quantized.room_for(module, stored, how)
+            layer.in_slabs = module is output
             # transformers 5.17 casts what it reads to this dtype before it is encoded.
             layer.weight = nn.Parameter(layer.weight.to(module.weight.dtype), requires_grad=False)
             place(model, name, layer)
@@ -194,6 +200,24 @@ def replace(model: Any, config: Quantization) -> None:
             fix="They are in quantize.skip, or no matrices of linear layers or single experts to the model's code. "
             "quantize.allow_dense=true goes on.",
         )
+
+
+def check_head(model: Any, settings: QuantConfig) -> None:
+    """Raise Unsupported unless the model's output head is a linear layer of its own, which quantize.skip leaves be."""
+    head = model.get_output_embeddings()
+    name = next((name for name, module in model.named_modules() if module is head), "")
+    table = model.get_input_embeddings()
+    asked = f"quantize.head={settings.format}"
+    if type(head) is not nn.Linear:
+        raise Unsupported("the model has no linear output head to quantise", got=asked, fix=WIDE_HEAD)
+    if model.config.get_text_config().tie_word_embeddings or head.weight is table.weight:
+        raise Unsupported(
+            "the model's output head is its embedding table, which stays wide: a coded copy would take more memory",
+            got=asked,
+            fix=WIDE_HEAD,
+        )
+    if _skipped(name, settings):
+        raise Unsupported(f"quantize.skip names the output head {name!r}", got=asked, fix="Choose one of the two.")
 
 
 def _skipped(name: str, settings: QuantConfig | None) -> bool:

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from decal.errors import DecalError
+from decal.ops import select
 
 STEPS = 127
+ROWS = 8192  # that are in fp32 at a time
 
 
 def quantize(W: Tensor, *, name: str = "the tensor") -> tuple[Tensor, Tensor]:
@@ -18,10 +20,15 @@ def quantize(W: Tensor, *, name: str = "the tensor") -> tuple[Tensor, Tensor]:
     if not bool(torch.isfinite(absmax).all()):
         raise DecalError(f"{name} holds Inf or NaN", fix="Repair or download the checkpoint again.")
     steps = torch.where(absmax > 0, STEPS / absmax, 0.0)
-    return (W.float() * steps[:, None]).round_().clamp_(-STEPS, STEPS).to(torch.int8), absmax
+    codes = torch.empty(W.shape, dtype=torch.int8, device=W.device)
+    for part, rows, step in zip(codes.split(ROWS), W.split(ROWS), steps.split(ROWS), strict=True):
+        part.copy_((rows.float() * step[:, None]).round_().clamp_(-STEPS, STEPS))
+    return codes, absmax
 
 
 def dequantize(codes: Tensor, absmax: Tensor, out: Tensor) -> Tensor:
     """Write code · (absmax / 127) into `out` (out, in), rounded once, and return it."""
     steps = (absmax / STEPS)[:, None]
-    return out.copy_(codes).mul_(steps) if out.dtype == torch.float32 else out.copy_(codes.float().mul_(steps))
+    if out.dtype == torch.float32 or select.habits(out.device) == "cuda":  # a card multiplies in fp32 without a copy
+        return out.copy_(codes).mul_(steps)
+    return out.copy_(codes.float().mul_(steps))

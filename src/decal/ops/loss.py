@@ -2,7 +2,8 @@
 
 loss = sum over supervised rows of  logsumexp(z) - z[label],  z = h·Wᵀ + b;   dL/dz = softmax(z) - onehot(label).
 dL/dz is known as soon as z is, so dh = dz·W (and, for a head that trains, dW = dzᵀ·h) is formed before the next chunk:
-the logits of one chunk are the only ones that ever exist, and backward has nothing left to do but scale.
+the logits of one chunk are the only ones that ever exist, and backward has nothing left to do but scale. A frozen head
+in codes is no more whole than the logits are: both products go through it slab by slab (ops/slabs.py).
 
 Shapes: N rows, D hidden width, V vocabulary.
 """
@@ -15,7 +16,8 @@ import torch
 from torch import Tensor
 
 from decal.errors import DataError, Unsupported
-from decal.ops import fuse, regions, select
+from decal.ops import fuse, regions, select, slabs
+from decal.ops.slabs import Slabs
 
 # Rows of logits that exist at a time. CPU, SmolLM2's head (V=49152, D=576), 2048 rows, fp32, forward and both
 # gradients' GEMMs, CPU seconds on one AVX2 thread: 32 rows 3.42, 64 2.87, 128 2.54, 256 2.42, 512 2.33, 1024 2.43,
@@ -25,7 +27,7 @@ CHUNK = {"cpu": 256, "cuda": 1024}
 
 def chunked_cross_entropy(
     hidden: Tensor,
-    weight: Tensor,
+    weight: Tensor | Slabs,
     labels: Tensor,
     *,
     bias: Tensor | None = None,
@@ -34,11 +36,11 @@ def chunked_cross_entropy(
 ) -> tuple[Tensor, int]:
     """Return the summed cross entropy (a scalar, at least fp32) of the supervised rows and how many there are.
 
-    `hidden` (N, D), `weight` (V, D), `bias` (V,), `labels` (N,), `ignore` for rows outside the loss; they may lie
-    on the CPU, which spares a synchronisation with the device. Gradients reach hidden, and weight and bias where
-    they require them. Products run in autocast's dtype where autocast is on, else in the wider of the two inputs'
-    (a head stored in bf16 under fp32 activations is computed in fp32); the softmax is never below fp32. `chunk` rows of
-    logits exist at a time (None: CHUNK).
+    `hidden` (N, D), `weight` (V, D), frozen where it is in slabs, `bias` (V,), `labels` (N,), `ignore` for rows outside
+    the loss; they may lie on the CPU, which spares a synchronisation with the device. Gradients reach hidden, and
+    weight and bias where they require them. Products run in autocast's dtype where autocast is on, else in the wider of
+    the two inputs' (a head stored in bf16 under fp32 activations is computed in fp32); the softmax is never below fp32.
+    `chunk` rows of logits exist at a time (None: CHUNK).
     """
     rows = torch.nonzero(labels != ignore).flatten()
     targets = labels[rows]
@@ -55,7 +57,7 @@ def chunked_cross_entropy(
 
 def cross_entropy_of_rows(
     hidden: Tensor,
-    weight: Tensor,
+    weight: Tensor | Slabs,
     rows: Tensor,
     targets: Tensor,
     *,
@@ -81,7 +83,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any,
         hidden: Tensor,
-        weight: Tensor,
+        weight: Tensor | Slabs,
         bias: Tensor | None,
         rows: Tensor,
         targets: Tensor,
@@ -91,7 +93,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         wanted = [grad and need for need in ctx.needs_input_grad[:3]]
         with torch.autocast(hidden.device.type, enabled=False):
-            loss, grads = _forward(hidden[rows].to(dtype), weight.to(dtype), bias, targets, chunk, wanted)
+            W = weight.to(dtype) if isinstance(weight, Tensor) else weight
+            loss, grads = _forward(hidden[rows].to(dtype), W, bias, targets, chunk, wanted)
         ctx.save_for_backward(rows, *grads)
         ctx.inputs = hidden.shape, [None if x is None else x.dtype for x in (hidden, weight, bias)]
         return loss
@@ -110,27 +113,27 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 
 def _forward(
-    h_ND: Tensor, W_VD: Tensor, b_V: Tensor | None, targets: Tensor, chunk: int, wanted: list[bool]
+    h_ND: Tensor, W_VD: Tensor | Slabs, b_V: Tensor | None, targets: Tensor, chunk: int, wanted: list[bool]
 ) -> tuple[Tensor, list[Tensor | None]]:
     """Return the summed loss and the gradients asked for of (hidden rows, weight, bias)."""
     exact = torch.promote_types(h_ND.dtype, torch.float32)  # of the softmax and of sums over rows
-    n, vocabulary = min(chunk, len(h_ND)), len(W_VD)
+    n, vocabulary = min(chunk, len(h_ND)), W_VD.shape[0]
     buffer = torch.empty(n, vocabulary, dtype=h_ND.dtype, device=h_ND.device)
     losses = torch.zeros(len(h_ND), dtype=exact, device=h_ND.device)
     dh = torch.empty_like(h_ND) if wanted[0] else None
-    dW = torch.zeros_like(W_VD, dtype=exact) if wanted[1] else None
+    dW = torch.zeros(W_VD.shape, dtype=exact, device=h_ND.device) if wanted[1] else None
     db = torch.zeros(vocabulary, dtype=exact, device=h_ND.device) if wanted[2] else None
     for start in range(0, len(h_ND), chunk):
         part = slice(start, start + chunk)
         h, y = h_ND[part], targets[part, None]
-        z = torch.mm(h, W_VD.T, out=buffer[: len(h)])
+        z = slabs.times_transposed(h, W_VD, buffer[: len(h)])
         if b_V is None and fuse.on(z.device):
             losses[part], dz = regions.cross_entropy_(z, targets[part]), z
         else:
             losses[part], dz = _softmax(z.to(exact) if b_V is None else z.to(exact).add_(b_V), y)
             dz = dz.to(h.dtype)
         if dh is not None:
-            torch.mm(dz, W_VD, out=dh[part])
+            slabs.times(dz, W_VD, dh[part])
         if dW is not None:
             dW += dz.T @ h
         if db is not None:

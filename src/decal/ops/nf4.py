@@ -138,6 +138,15 @@ def single(scales: Scales) -> Tensor:
     return double_dequantize(*scales) if isinstance(scales, Nested) else scales
 
 
+def of_blocks(scales: Scales, first: int, last: int) -> Scales:
+    """Return views of the scales of blocks `first` to `last`; doubly quantised ones begin at a multiple of 256."""
+    if not isinstance(scales, Nested):
+        return scales[first:last]
+    assert first % dynamic8.BLOCK == 0, "the 256 scales of a nested block have one absmax"
+    outer = scales.absmax[first // dynamic8.BLOCK : -(-last // dynamic8.BLOCK)]
+    return Nested(codes=scales.codes[first:last], absmax=outer, offset=scales.offset)
+
+
 def decode(packed: Tensor, scales: Scales, out: Tensor, *, block: int, kind: str) -> Tensor:
     """Write the weights into `out`, contiguous, of any shape and floating dtype; return it."""
     kernels = _kernels(packed.device)

@@ -125,7 +125,8 @@ def wanted_of(config: RunConfig, numbers: Precision, batches: Batches, held_out:
 
 def warm(config: RunConfig, numbers: Precision) -> None:
     """Load the kernels of a quantised base, whose compiler is no part of the run's tensors."""
-    if config.quantize is not None and config.quantize.format != "int8" and numbers.device.type == "cpu":
+    formats = set() if config.quantize is None else {config.quantize.format, config.quantize.head}
+    if formats & {"nf4", "fp4"} and numbers.device.type == "cpu":
         packed, absmax = nf4.quantize(torch.ones(64))
         nf4.dequantize(packed, absmax, shape=(64,))
 

@@ -247,7 +247,10 @@ class _Run:
 
 def chunks(model: nn.Module) -> bool:
     """Return whether the loss would keep logits from existing whole, as far as a configuration tells."""
-    return head.why_not_by_form(model) is None
+    reason = head.why_not_by_form(model)
+    if reason is not None:
+        head.refuse_coded(model, reason)
+    return reason is None
 
 
 def batch(wanted: Wanted) -> Batch:

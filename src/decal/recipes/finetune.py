@@ -12,9 +12,10 @@ from typing import Any
 from torch import nn
 
 from decal import rundir
-from decal.checks import preflight
+from decal.checks import preflight, rows
 from decal.checks.result import require
 from decal.data.ledger import Ledger
+from decal.evaluate import coded_head
 from decal.evaluate.loss import evaluate
 from decal.model.lean import general_note, lean
 from decal.planning.grading import Grader
@@ -66,14 +67,16 @@ def finetune(
     job = prepare(config, resumed=run if resume else None, before_weights=foresee)
     checked = preflight.short(job) if config.train.check and not resume else []
     require(checked)
-    facts = manifest.facts(job)
+    head = coded_head.change(job.model, job.config.model, job.config.revision, first_tokens(job))
+    facts = {**manifest.facts(job), "output_head": None if head is None else head.facts()}
 
     start.open_folder(run, config, facts, checkpoint=checkpoint, resume=resume)  # from here on the run exists
     with page.at_the_end(run), logs.reporting(run, config, on_event) as report:
         report("resume" if checkpoint else "start", model=config.model, **facts["parameters"])
         for check in checked:
             report("check", **check.fields())
-        for note in () if checkpoint else (*job.notes, *grader.notes):
+        said = () if head is None else (str(head),)
+        for note in () if checkpoint else (*job.notes, *said, *grader.notes):
             report("note", text=note)
         grader.begin()
         progress = train(job, run, report, checkpoint=checkpoint, wrap=wrap)
@@ -122,6 +125,11 @@ def train(
             budget=spend,
             decode=job.tokenizer.decode,
         )
+
+
+def first_tokens(job: Job) -> list[int]:
+    """Return tokens to try a model on: those of the first row of the data."""
+    return rows.looked_at(job)[0].ids
 
 
 def measure(job: Job) -> Callable[[nn.Module], Measured] | None:

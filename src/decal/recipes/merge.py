@@ -242,7 +242,7 @@ def ways_for(tuned: PeftModel, stack: Stack, into: str) -> list[str]:
         known.append("dequantized")
     if any(isinstance(m, CodedExperts) for m in coded):
         trained_on += ", with experts, which the file layout of nf4 does not have"
-    elif coded and (stack.quantize is None or stack.quantize.format != "int8"):
+    elif coded and (stack.quantize is None or stack.quantize.has_files):
         known.append(CODED)
     if into == "auto":
         return known

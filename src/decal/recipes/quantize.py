@@ -95,6 +95,12 @@ def quantize(model: str, out: Path | None, settings: QuantConfig, *, report: boo
         raise ConfigError(
             "int8 by rows has no common file layout", fix="Use nf4 or fp4, or train with --quantize int8."
         )
+    if out is not None and not settings.has_files:
+        raise ConfigError(
+            "the common file layout has one 4-bit format for a model",
+            got=f"format {settings.format}, head {settings.head}",
+            fix="Give the head the format of the layers, or train with quantize.head.",
+        )
     if out is not None:
         quantized.refuse_experts(quantizer.planned_experts(meta_model(model), settings))
     found: dict[str, Loss] = {}

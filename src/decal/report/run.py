@@ -144,6 +144,7 @@ def what(manifest: Mapping[str, Any]) -> dict[str, Any]:
         lines["parameters"] = f"{parts['trainable']:,} of {parts['total']:,} trained ({parts['percent']:.2f}%)"
     quantize = config.get("quantize")
     lines["base stored in"] = _words(quantize) if quantize else "its own format"
+    lines["output head"] = (manifest.get("output_head") or {}).get("says")
     return lines
 
 

@@ -224,7 +224,7 @@ class Graphs:
         body, linear = head.parts(model)
         with self.precision.autocast():
             hidden = direct.run(body, batch.inputs, batch.places, batch.where).flatten(0, 1)
-            return cross_entropy_of_rows(hidden, linear.weight, batch.rows, batch.targets) / total
+            return cross_entropy_of_rows(hidden, head.weight_of(linear), batch.rows, batch.targets) / total
 
     def _record(self, model: nn.Module, batch: Fixed, total: Tensor) -> _Recorded | None:
         """Record the passes for batches of this shape; None where that fails."""

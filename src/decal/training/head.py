@@ -15,11 +15,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from decal.errors import ConfigError
+from decal.layers.coded import CodedBase, CodedLinear
 from decal.layers.dense import WideLinear
+from decal.layers.int8_linear import Int8Linear
+from decal.layers.nf4_linear import NF4Linear
 from decal.ops import workspace
 from decal.ops.loss import chunked_cross_entropy
+from decal.ops.slabs import Slabs
 
-PLAIN = (nn.Linear, WideLinear)  # exactly these: a subclass or a wrapper may compute something else
+PLAIN = (nn.Linear, WideLinear, NF4Linear, Int8Linear)  # exactly: a subclass may compute something else
+Head = nn.Linear | CodedLinear
 LOUD = 100.0  # Gemma-2 caps logits at 30, so a hundredfold test cannot miss it
 TOKENS = 16
 SAME = 1e-5  # two sums over the very same logits: their order alone
@@ -29,10 +35,32 @@ TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-5}
 TOLERANCE_16 = 1e-2
 
 
-def parts(model: nn.Module) -> tuple[nn.Module, nn.Linear]:
+def parts(model: nn.Module) -> tuple[nn.Module, Head]:
     """Return the transformer body and the head of a causal language model, adapted or not."""
     inner = _inner(model)
     return inner.base_model, inner.get_output_embeddings()
+
+
+def weight_of(linear: Head) -> Tensor | Slabs:
+    """Return a head's weight as the loss takes it."""
+    return linear.slabs() if isinstance(linear, CodedLinear) else linear.weight
+
+
+def dense(linear: Head) -> Tensor:
+    """Return a head's whole weight (V, D) in fp32."""
+    return CodedBase(linear).dense(torch.float32) if isinstance(linear, CodedLinear) else linear.weight.float()
+
+
+def refuse_coded(model: nn.Module, reason: str) -> None:
+    """Raise ConfigError for an output head in codes where `reason` keeps the loss from going through it in slabs."""
+    get: Any = getattr(_inner(model), "get_output_embeddings", None)
+    head = None if get is None else get()
+    if isinstance(head, CodedLinear) and head.in_slabs:
+        raise ConfigError(
+            "quantize.head needs the loss that goes through the head in slabs, which is not this model's",
+            got=reason,
+            fix="Leave quantize.head out: the head stays as it is stored.",
+        )
 
 
 def _inner(model: nn.Module) -> Any:
@@ -85,8 +113,8 @@ def why_not_chunked(model: nn.Module) -> str | None:
 
 
 @torch.no_grad()
-def _compare(model: nn.Module, body: nn.Module, linear: nn.Linear) -> str | None:
-    ids = (torch.arange(TOKENS, device=linear.weight.device) * 7919 % linear.weight.shape[0])[None]
+def _compare(model: nn.Module, body: nn.Module, linear: Head) -> str | None:
+    ids = (torch.arange(TOKENS, device=linear.weight.device) * 7919 % linear.out_features)[None]
     plain = body(input_ids=ids, use_cache=False)
     if not hasattr(plain, "last_hidden_state"):
         return f"its body returns a {type(plain).__name__} without last_hidden_state"
@@ -101,7 +129,7 @@ def _compare(model: nn.Module, body: nn.Module, linear: nn.Linear) -> str | None
     with _louder(body, LOUD / max(float(linear(hidden).abs().amax()), 1e-6)) as seen:
         logits: Tensor = model(input_ids=ids, use_cache=False).logits
     of_logits = cross_entropy(logits[0, :-1].float(), ids[0, 1:])
-    total, count = chunked_cross_entropy(seen[0][0, :-1], linear.weight, ids[0, 1:], bias=linear.bias)
+    total, count = chunked_cross_entropy(seen[0][0, :-1], weight_of(linear), ids[0, 1:], bias=linear.bias)
     tolerance = TOLERANCE.get(hidden.dtype, TOLERANCE_16)
     if torch.allclose(of_logits, (total / count).float(), rtol=tolerance, atol=tolerance):
         return None

@@ -49,7 +49,7 @@ class SFT:
             return model(**_inputs(batch, device), labels=batch.labels.to(device)).loss * count, count
         hidden = hidden_states(body, batch, device)
         return chunked_cross_entropy(
-            hidden.flatten(0, 1), linear.weight, shifted(batch.labels), bias=linear.bias, ignore=IGNORE
+            hidden.flatten(0, 1), head.weight_of(linear), shifted(batch.labels), bias=linear.bias, ignore=IGNORE
         )
 
 
@@ -83,6 +83,7 @@ def sft(model: nn.Module, note: Note) -> SFT:
     """Return the SFT loss for `model`: chunked where that gives the model's own loss, else the model's own."""
     reason = head.why_not_chunked(model)
     if reason is not None:
+        head.refuse_coded(model, reason)
         note(f"the loss is the model's own, over full logits, because {reason}: it needs more memory")
     return SFT(chunked=reason is None)
 
