@@ -16,10 +16,10 @@ from decal.model.wrapper import PeftModel
 from decal.spec import LoraConfig, QuantConfig
 
 
-def make(sizes: dict[str, int], quantize: str | None, *, rank: int, device: str = "cpu") -> PeftModel:
+def make(sizes: dict[str, Any], quantize: str | None, *, rank: int, device: str = "cpu") -> PeftModel:
     """Return the model in training; `sizes` are LlamaConfig's."""
     torch.manual_seed(0)
-    config = LlamaConfig(**sizes, num_hidden_layers=4, tie_word_embeddings=False, initializer_range=0.05)
+    config = LlamaConfig(**sizes, num_hidden_layers=4, tie_word_embeddings=False)
     model = LlamaForCausalLM(config).to(device, torch.bfloat16)
     if quantize is not None:
         settings, head = QuantConfig(format=quantize), model.get_output_embeddings()

@@ -58,8 +58,8 @@ def test_gradients_point_where_those_of_fp32_do(quantize: str | None, memory: st
         plain = gradients(model, autocast=True)
     with fuse.forced("off"):
         exact = gradients(four_layers.widened(made(quantize)), autocast=False)
-    # Every product of 28 is off by 3.7%, and random weights pass all of it on: 0.9872 to 0.9892 here.
-    assert cosine(narrow, exact) >= 0.985
+    # Every product of 28 is off by 3.7%, and random weights pass all of it on: 0.9968 and 0.9970 here.
+    assert cosine(narrow, exact) >= 0.995
     assert cosine(narrow, exact) < cosine(plain, exact)  # it did run in 8 bits
 
 

@@ -180,3 +180,11 @@ def test_without_numba_a_cpu_keeps_torchs_own(monkeypatch: pytest.MonkeyPatch) -
     with lean(model):
         inside, *_ = run(model)
     torch.testing.assert_close(inside, before, rtol=1e-5, atol=0)  # the same masks; fp32 in another order
+
+
+@pytest.mark.gpu
+def test_on_a_card_it_drops_what_it_drops_here() -> None:
+    x = torch.randn(64, 1000, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    for number in range(12):  # more seeds than torch.compile would compile for one by one
+        dropped = Drop(0.1, (number * 0x9E3779B97F4A7C15) % (1 << 64))
+        assert torch.equal(dropped(x.cuda()).cpu(), dropped(x))

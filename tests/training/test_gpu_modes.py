@@ -173,5 +173,5 @@ def test_fp8_gives_a_gradient_of_about_the_same_direction(quantize: str | None, 
     with exact():
         expected = gradients(four_layers.widened(made(quantize)), autocast=False)
     both = [torch.cat([found[n].flatten().double() for n in sorted(found)]) for found in (got, expected)]
-    # As on a CPU (tests/layers/test_block_fp8.py): random weights pass on all that 28 products are off by.
-    assert float(torch.cosine_similarity(both[0], both[1], 0)) >= 0.985
+    # As on a CPU, where it is 0.9906: random weights pass on all that 28 products are off by.
+    assert float(torch.cosine_similarity(both[0], both[1], 0)) >= 0.99

@@ -29,7 +29,8 @@ class Drop:
     seed: int
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Return x with some numbers dropped, always the same ones of a shape."""
+        """Return x with some numbers dropped, always the same ones of a shape; autograd does not see it."""
+        x = x.detach()
         kind = select.kind(x.device)
         if kind == "shapes" and select.habits(x.device) == "cpu":
             return torch.empty_like(x)  # all that the compiled loop makes
@@ -39,7 +40,9 @@ class Drop:
             from decal.ops import dropout_numba  # numba takes a second to import
 
             return dropout_numba.drop(x, low, high, edge, 1 / (1 - self.p))
-        return drop(x, low, high, edge, 1 / (1 - self.p))
+        # In tensors, filled without waiting for the card: for another number torch.compile would compile again.
+        first, second = (torch.full((), word, dtype=torch.int32, device=x.device) for word in (low, high))
+        return drop(x, first, second, edge, 1 / (1 - self.p))
 
 
 def quick(device: torch.device) -> bool:
@@ -55,8 +58,8 @@ def drawn(p: float, device: torch.device) -> Drop:
 
 
 @region
-def drop(x: Tensor, low: int, high: int, edge: int, scale: float) -> Tensor:
-    """Return x with some numbers 0 and the others times `scale`; both halves of the seed and the edge are signed.
+def drop(x: Tensor, low: Tensor, high: Tensor, edge: int, scale: float) -> Tensor:
+    """Return x with some numbers 0 and the others times `scale`. The seed's halves (int32) and the edge are signed.
 
     What is not finite and dropped becomes NaN, as in torch's own dropout.
     """

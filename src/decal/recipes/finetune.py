@@ -14,11 +14,13 @@ from torch import nn
 from decal import rundir
 from decal.checks import preflight, rows
 from decal.checks.result import require
+from decal.data.batches import Batches, InOrder
 from decal.data.ledger import Ledger
 from decal.evaluate import coded_head
 from decal.evaluate.loss import evaluate
 from decal.model.lean import general_note, lean
-from decal.planning.grading import Grader
+from decal.planning import budgeted
+from decal.planning.grading import Grader, wanted_of
 from decal.recipes import verify
 from decal.report import run as page
 from decal.rundir import RunDir
@@ -26,6 +28,7 @@ from decal.spec import RunConfig
 from decal.training import budget, logs, loop, manifest, start, state
 from decal.training.job import Job, prepare
 from decal.training.loop import Measured
+from decal.training.precision import Precision
 from decal.training.state import Progress
 
 
@@ -63,8 +66,7 @@ def finetune(
     run = RunDir(Path(config.output))
     checkpoint = start.starting_point(run, config, resume=resume)
     grader = Grader()
-    foresee = grader.foresee if config.train.check else None
-    job = prepare(config, resumed=run if resume else None, before_weights=foresee)
+    job = prepare(config, resumed=run if resume else None, before_weights=partial(look_ahead, grader))
     checked = preflight.short(job) if config.train.check and not resume else []
     require(checked)
     head = coded_head.change(job.model, job.config.model, job.config.revision, first_tokens(job))
@@ -91,6 +93,16 @@ def finetune(
         outcome = manifest.outcome(run, progress, kept=kept, seconds=time.perf_counter() - began)
         run.write_manifest({**facts, "plan": graded, "outcome": outcome})
     return summary(run, result, job.data.ledger, facts["parameters"]["trainable"], outcome)
+
+
+def look_ahead(
+    grader: Grader, config: RunConfig, numbers: Precision, batches: Batches, held_out: InOrder | None
+) -> None:
+    """Foresee what the run takes. Raises ConfigError where it is beyond its budget of memory whatever is given up."""
+    if config.train.check:
+        grader.foresee(config, numbers, batches, held_out)
+    if config.train.memory is not None and numbers.device.type == "cuda":
+        budgeted.refuse_too_small(wanted_of(config, numbers, batches, held_out), budget.parse(config.train.memory))
 
 
 def train(

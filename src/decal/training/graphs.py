@@ -206,6 +206,8 @@ class Graphs:
         comes_again = self._seen[batch.key] > self.before and len(self._recorded) < MOST
         if known is None and comes_again and not self._failed:
             known = self._record(model, batch, total)
+            if known is None:
+                torch.cuda.empty_cache()  # what the recording took
         if known is None:
             part = self._launched(model, batch.to(total.device), total)
             self._moved = self._moved or [p for p in model.parameters() if p.grad is not None]
@@ -241,9 +243,11 @@ class Graphs:
             raise
         except RuntimeError as error:
             self.forget()
-            torch.cuda.empty_cache()
             self._failed = True
-            self.say(f"steps run launch by launch, because recording one failed: {str(error).splitlines()[0][:120]}")
+            why = f"recording one failed: {str(error).splitlines()[0][:120]}"
+            if isinstance(error.__context__, torch.OutOfMemoryError):  # the end of a recording that broke off hides it
+                why = "there is no room to record one"
+            self.say(f"steps run launch by launch, because {why}")
             return None
         self._recorded[batch.key] = _Recorded(graph, inputs, total, loss)
         return self._recorded[batch.key]
