@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from decal.layers.dense import WideLinear
+from decal.model.evaluating import evaluating
 from decal.ops import workspace
 from decal.ops.loss import chunked_cross_entropy
 
@@ -75,16 +76,13 @@ def why_not_chunked(model: nn.Module) -> str | None:
     body, linear = parts(model)
     if type(linear) not in PLAIN:
         return f"its head is no plain linear layer but of the class {type(linear).__name__}"
-    was = model.training
-    model.eval()
     try:
-        return _compare(model, body, linear)
+        with evaluating(model):
+            return _compare(model, body, linear)
     finally:
-        model.train(was)
         workspace.release()  # a 16-bit head widened for its own product left a buffer of its size
 
 
-@torch.no_grad()
 def _compare(model: nn.Module, body: nn.Module, linear: nn.Linear) -> str | None:
     ids = (torch.arange(TOKENS, device=linear.weight.device) * 7919 % linear.weight.shape[0])[None]
     plain = body(input_ids=ids, use_cache=False)
