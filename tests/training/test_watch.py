@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from decal import LoraConfig, get_peft_model
 from decal.data.batch import Batch
-from decal.evaluate.loss import evaluating
+from decal.model.evaluating import evaluating
 from decal.model.wrapper import PeftModel
 from decal.spec import TrainConfig
 from decal.training import losses, optim

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from decal.data.batch import Batch
 from decal.errors import DataError, RunError
+from decal.model.evaluating import evaluating
 
 LossSum = Callable[[nn.Module, Batch], tuple[Tensor, int]]  # the summed loss of a batch, and the count it sums over
 
@@ -28,21 +29,6 @@ class Evaluation:
     @property
     def perplexity(self) -> float:
         return math.exp(self.loss) if self.loss < 700 else math.inf
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Turn dropout off and gradients off in the block; give every module its own mode back after it."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    for module in model.modules():  # some modules do not follow eval(): their dropout would blur what is measured
-        module.training = False
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def evaluate(

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from decal.evaluate import asking
 from decal.evaluate.closeness import mean_kl
-from decal.evaluate.loss import evaluating
 from decal.files import peft_files
 from decal.files.sealed import Answer, Reference
+from decal.model.evaluating import evaluating
 from decal.model.wrapper import PeftModel
 
 TOP = 16  # logits kept of each prompt: with the logsumexp they give the probability of all others together

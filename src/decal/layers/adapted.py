@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from decal.layers.dense import DenseBase
-from decal.layers.lora import LoRA
+from decal.layers.lora import LinearLoRA, LoRA
 from decal.layers.routing import Column, Switch
 from decal.layers.seams import Base
-from decal.ops import merged, routed, select
+from decal.ops import dropout, merged, routed, select
 
 # Way 1 rewrites W' for every product: with fewer rows than this that costs time, from here on it costs none and saves
 # memory. Measured on two AVX-512 cores for layers of 576 to 2048 (benchmarks/merge_rows.py); cuda's is an estimate.
@@ -185,11 +185,21 @@ class AdaptedLinear(Adapted):
                 A, B, s = factors
                 base = self.base
                 return merged.merged_linear(x, A, B, base.bias, s, lambda a, b, t: base.dense_plus(a, b, s, t))
+        if len(active) == 1 and self._in_one(active[0], x):
+            one, base = active[0], self.base
+            drop = one.drop(x.device)
+            return dropout.beside(x, one.A, one.B, one.scale, drop, weight=base.lent, bias=base.bias)
         y = self.base.matmul(x) if any(adapter.reads_output for adapter in active) else None
         change = active[0].delta(x, y, self.base)
         for adapter in active[1:]:
             change = change + adapter.delta(x, y, self.base)
         return self._plus(x, y, change)
+
+    def _in_one(self, adapter: LoRA, x: Tensor) -> bool:
+        """Whether the product and the change of a dropped input may be one function: it makes no tensor for itself."""
+        redrawn = type(adapter) is LinearLoRA and adapter.redraws and adapter.draws_dropout
+        narrow = x.dtype != adapter.A.dtype and not torch.is_autocast_enabled(x.device.type)
+        return redrawn and self.base.readable and not narrow
 
     def _plus(self, x: Tensor, y: Tensor | None, change: Tensor) -> Tensor:
         """Return x Wᵀ (y, where it is known) + change + bias, rounded once."""

@@ -123,10 +123,13 @@ class CodedBase:
                 return y.view(*x.shape[:-1], self.out_features)
         if self.layer.in_slabs:
             return slabs.linear(x, self.layer.slabs())
-        return merged.frozen_linear(x, self._in_buffer)
+        return merged.frozen_linear(x, self.lent)
 
     def matmul_plus(self, x: Tensor, change: Tensor) -> Tensor:
-        return merged.frozen_linear(merged.as_computed(x), self._in_buffer, change)
+        return merged.frozen_linear(merged.as_computed(x), self.lent, change)
+
+    def lent(self, dtype: torch.dtype) -> Tensor:
+        return self.layer.decode(workspace.buffer((self.out_features, self.in_features), dtype, self.device))
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         return self.layer.decode(torch.empty(self.out_features, self.in_features, dtype=dtype, device=self.device))
@@ -148,9 +151,6 @@ class CodedBase:
 
     def restore(self, W: Tensor) -> None:
         raise Unsupported("coded weights are never overwritten", fix="Keep the layer and put it back.")
-
-    def _in_buffer(self, dtype: torch.dtype) -> Tensor:
-        return self.layer.decode(workspace.buffer((self.out_features, self.in_features), dtype, self.device))
 
 
 def uncounted(model: nn.Module) -> int:

@@ -57,7 +57,7 @@ class DenseBase:
     def matmul(self, x: Tensor) -> Tensor:
         if x.dtype == self.dtype or torch.is_autocast_enabled(x.device.type):
             return F.linear(x, self.weight)
-        return merged.frozen_linear(x, self._widened)
+        return merged.frozen_linear(x, self.lent)
 
     def matmul_plus(self, x: Tensor, change: Tensor) -> Tensor:
         if x.dtype == self.dtype or torch.is_autocast_enabled(x.device.type):
@@ -65,11 +65,11 @@ class DenseBase:
             # at |B| = 1e-4 four fifths of a young adapter's contribution.
             y = torch.addmm(change.flatten(0, -2).to(x.dtype), x.flatten(0, -2), self.weight.T)
             return y.view(change.shape)
-        return merged.frozen_linear(x, self._widened, change)
+        return merged.frozen_linear(x, self.lent, change)
 
-    def _widened(self, dtype: torch.dtype) -> Tensor:
-        W = self.weight
-        return workspace.buffer(tuple(W.shape), dtype, W.device).copy_(W)
+    def lent(self, dtype: torch.dtype) -> Tensor:
+        W = self.weight.detach()
+        return W if W.dtype == dtype else workspace.buffer(tuple(W.shape), dtype, W.device).copy_(W)
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         return self.weight.detach().to(dtype)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import Generator, Tensor, nn
-from torch.nn import functional as F
 
 from decal.layers.seams import Base
 from decal.ops import dropout, lora, select
@@ -76,7 +75,7 @@ class LoRA:
     def delta(self, x: Tensor, y: Tensor | None, base: Base) -> Tensor:
         x = self.widened(x)
         if self.redraws and self.draws_dropout:
-            return F.linear(dropout.projected(x, self.A, self.drop(x.device)), self.B) * self.scale
+            return dropout.beside(x, self.A, self.B, self.scale, self.drop(x.device))
         return lora.delta(self.dropout(x), self.A, self.B, self.scale)
 
     def delta_weight(self, base: Base) -> Tensor:

@@ -61,6 +61,9 @@ class OwnedBase:
         y = self.matmul(x)
         return (y + change).to(y.dtype)
 
+    def lent(self, dtype: torch.dtype) -> Tensor:
+        self._refuse()
+
     def dense(self, dtype: torch.dtype) -> Tensor:
         self._refuse()
 

@@ -35,7 +35,7 @@ class Base(Protocol):
 
     @property
     def readable(self) -> bool:
-        """Whether `dense`, `dense_plus` and `holding` work; else only the products do."""
+        """Whether `lent`, `dense`, `dense_plus` and `holding` work; else only the products do."""
         ...
 
     @property
@@ -49,6 +49,10 @@ class Base(Protocol):
 
     def matmul_plus(self, x: Tensor, change: Tensor) -> Tensor:
         """Return x Wᵀ + change, rounded once to x's dtype: (..., in), (..., out) -> (..., out)."""
+        ...
+
+    def lent(self, dtype: torch.dtype) -> Tensor:
+        """Return W (out, in) in `dtype`, perhaps in the shared buffer: valid until the next call on this stream."""
         ...
 
     def dense(self, dtype: torch.dtype) -> Tensor:

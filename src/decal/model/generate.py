@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from decal.layers.routing import Routing
+from decal.model.evaluating import evaluating
 
 
 def generate(
@@ -41,27 +42,22 @@ def generate(
     if temperature > 0:
         settings.update(temperature=temperature, top_p=top_p, top_k=0)
     replies = [""] * len(prompts)
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         for first in range(0, len(order), batch_size):
             rows = order[first : first + batch_size]
             ids, mask = _padded([encoded[i] for i in rows], fill=stops[0] if stops else 0)
             names = {} if adapter_names is None else {"adapter_names": [adapter_names[i] for i in rows]}
-            with torch.no_grad():
-                out = model.generate(  # type: ignore[operator]  # transformers' method
-                    input_ids=ids.to(device),
-                    attention_mask=mask.to(device),
-                    eos_token_id=stops or None,
-                    pad_token_id=stops[0] if stops else 0,
-                    **settings,
-                    **names,
-                )
+            out = model.generate(  # type: ignore[operator]  # transformers' method
+                input_ids=ids.to(device),
+                attention_mask=mask.to(device),
+                eos_token_id=stops or None,
+                pad_token_id=stops[0] if stops else 0,
+                **settings,
+                **names,
+            )
             for i, row in zip(rows, out[:, ids.shape[1] :].tolist(), strict=True):
                 end = next((n for n, token in enumerate(row) if token in stops), len(row))
                 replies[i] = tokenizer.decode(row[:end], skip_special_tokens=True)
-    finally:
-        model.train(was_training)
     return replies
 
 

@@ -7,6 +7,7 @@ seed; dropout of x in front of A is LoRA's own (Hu et al. 2021).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from decal.ops import remake, select
+from decal.ops import remake, select, workspace
 from decal.ops.fuse import region
 from decal.ops.merged import as_computed
 
@@ -79,36 +80,79 @@ def _signed(word: int) -> int:
     return word - WORD if word >= WORD // 2 else word
 
 
-class _Projected(torch.autograd.Function):
-    """drop(x) Aᵀ; x is kept as it is, which other layers keep, too, or made again (ops/remake.py)."""
+Weight = Callable[[torch.dtype], Tensor]  # dtype -> W (out, in), perhaps in the shared buffer
+
+
+class _Beside(torch.autograd.Function):
+    """Forward and backward of `beside`. Only x is kept, as other layers keep it, too, or made again (ops/remake.py)."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, A: Tensor, dropped: Drop, operation: remake.Cheap | None, *made_from: Tensor
+        ctx: Any,
+        x: Tensor,
+        A: Tensor,
+        B: Tensor,
+        bias: Tensor | None,
+        s: float,
+        dropped: Drop,
+        weight: Weight | None,
+        operation: remake.Cheap | None,
+        *made_from: Tensor,
     ) -> Tensor:
-        ctx.save_for_backward(A, *(made_from or (x,)))
-        ctx.dropped, ctx.operation = dropped, operation
+        ctx.save_for_backward(A, B, *(made_from or (x,)))
+        ctx.s, ctx.dropped, ctx.weight, ctx.operation = s, dropped, weight, operation
         with torch.autocast(x.device.type, enabled=False):
-            return dropped(x) @ A.to(x.dtype).T
+            S_NR = (dropped(x).flatten(0, -2) @ A.to(x.dtype).T).mul_(s)
+            y = workspace.fresh((*x.shape[:-1], len(B)), x)
+            y_NO = torch.mm(S_NR, B.to(x.dtype).T, out=y.flatten(0, -2))
+            if bias is not None:
+                y_NO += bias.to(x.dtype)
+            if weight is not None:
+                # The product's sum starts from the change: added to a rounded 16-bit y, a small one would be lost.
+                y_NO.addmm_(x.flatten(0, -2), weight(x.dtype).T)
+        return y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dS: Tensor) -> tuple[Tensor | None, ...]:
-        A, *kept = ctx.saved_tensors
-        dx = dA = None
-        with torch.autocast(dS.device.type, enabled=False):
-            if ctx.needs_input_grad[1]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        A, B, *kept = ctx.saved_tensors
+        needs_x, needs_A, needs_B, needs_bias, *others = ctx.needs_input_grad
+        dx = dA = dB = None
+        with torch.autocast(dy.device.type, enabled=False):
+            dy_NO, A, B = dy.flatten(0, -2), A.to(dy.dtype), B.to(dy.dtype)
+            T_NR = (dy_NO @ B).mul_(ctx.s)
+            if needs_A or needs_B:
                 x = kept[0] if ctx.operation is None else ctx.operation.forward(*kept)
-                dA = dS.flatten(0, -2).T @ ctx.dropped(x).flatten(0, -2)
-            if ctx.needs_input_grad[0]:
-                dx = ctx.dropped(dS @ A.to(dS.dtype))
-        return dx, dA, *[None] * (len(ctx.needs_input_grad) - 2)
+                x_ND = ctx.dropped(x).flatten(0, -2)
+                dA = T_NR.T @ x_ND
+                dB = dy_NO.T @ (x_ND @ A.T).mul_(ctx.s)
+                del x, x_ND  # their memory can serve dx
+            if needs_x:
+                dx = workspace.fresh((*dy.shape[:-1], A.shape[1]), dy)
+                torch.mm(T_NR, A, out=dx.flatten(0, -2))
+                dx = ctx.dropped(dx)
+                if ctx.weight is not None:
+                    dx.flatten(0, -2).addmm_(dy_NO, ctx.weight(dy.dtype))
+            dbias = dy_NO.sum(0) if needs_bias else None  # LoraConfig(bias=...) trains it
+        return dx, dA, dB, dbias, *[None] * len(others)
 
 
-def projected(x: Tensor, A: Tensor, dropped: Drop) -> Tensor:
-    """Return drop(x) Aᵀ, (..., in) -> (..., r), in autocast's dtype where that is on. Double backward raises."""
+def beside(
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    s: float,
+    dropped: Drop,
+    *,
+    weight: Weight | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """Return s·drop(x) Aᵀ Bᵀ, and x Wᵀ + bias with it where given: (..., in) -> (..., out).
+
+    In autocast's dtype where that is on. Double backward raises.
+    """
     x = as_computed(x)
     recipe = remake.recipe(x)
     operation, inputs = (None, ()) if recipe is None else (recipe.operation, recipe.inputs)
-    out: Tensor = _Projected.apply(x, A, dropped, operation, *inputs)  # type: ignore[no-untyped-call]
+    out: Tensor = _Beside.apply(x, A, B, bias, s, dropped, weight, operation, *inputs)  # type: ignore[no-untyped-call]
     return out

@@ -9,7 +9,7 @@ from numba import njit, uint32
 from torch import Tensor
 
 from decal.ops import workspace
-from decal.ops.nf4_numba import COMPILED, in_threads
+from decal.ops.threads import COMPILED, in_threads
 
 
 def drop(x: Tensor, low: int, high: int, edge: int, scale: float) -> Tensor:

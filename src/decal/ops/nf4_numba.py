@@ -5,10 +5,6 @@ Compiled once for a machine and kept beside this file (or in numba's own cache f
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -17,11 +13,10 @@ from numba import njit
 from torch import Tensor
 
 from decal.ops import nf4
+from decal.ops.threads import COMPILED, in_threads
 
 CHUNK = 1 << 20  # elements widened or rounded at a time where numpy has no such dtype; a multiple of every block size
 GROUP = 4096  # elements coded at a time: the largest block
-ALONE = 1 << 17  # elements below which one thread is enough
-COMPILED: dict[str, Any] = {"nogil": True, "cache": True, "boundscheck": False, "error_model": "numpy"}
 
 
 def quantize(flat: Tensor, block: int, kind: str) -> tuple[Tensor, Tensor]:
@@ -55,23 +50,6 @@ def dequantize(packed: Tensor, absmax: Tensor, out: Tensor, block: int, kind: st
         arguments = (codes[start // 2 :], scales[first:last], table, part.numpy(), block)
         in_threads(_decode, arguments, last - first, stop - start)
         out[start:stop].copy_(part)
-
-
-def in_threads(work: Callable[..., None], arguments: tuple[Any, ...], blocks: int, elements: int) -> None:
-    """Run work(*arguments, first, last) over all blocks, in equal shares."""
-    threads = 1 if elements < ALONE else torch.get_num_threads()
-    if threads == 1:
-        work(*arguments, 0, blocks)
-        return
-    edges = [blocks * i // threads for i in range(threads + 1)]
-    shares = [_pool(threads).submit(work, *arguments, *edge) for edge in pairwise(edges)]
-    for share in shares:
-        share.result()
-
-
-@lru_cache(maxsize=1)
-def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, thread_name_prefix="decal-nf4")
 
 
 @njit(**COMPILED)  # type: ignore[untyped-decorator]  # numba has no types

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from decal.data.batch import IGNORE, Batch
-from decal.evaluate.loss import evaluating
+from decal.model.evaluating import evaluating
 from decal.model.lean import lean
 from decal.ops import adam8, fuse, select, workspace
 from decal.planning import empty

@@ -20,6 +20,7 @@ from decal.layers.coded import CodedBase, CodedLinear
 from decal.layers.dense import WideLinear
 from decal.layers.int8_linear import Int8Linear
 from decal.layers.nf4_linear import NF4Linear
+from decal.model.evaluating import evaluating
 from decal.ops import workspace
 from decal.ops.loss import chunked_cross_entropy
 from decal.ops.slabs import Slabs
@@ -103,16 +104,13 @@ def why_not_chunked(model: nn.Module) -> str | None:
     body, linear = parts(model)
     if type(linear) not in PLAIN:
         return f"its head is no plain linear layer but of the class {type(linear).__name__}"
-    was = model.training
-    model.eval()
     try:
-        return _compare(model, body, linear)
+        with evaluating(model):
+            return _compare(model, body, linear)
     finally:
-        model.train(was)
         workspace.release()  # a 16-bit head widened for its own product left a buffer of its size
 
 
-@torch.no_grad()
 def _compare(model: nn.Module, body: nn.Module, linear: Head) -> str | None:
     ids = (torch.arange(TOKENS, device=linear.weight.device) * 7919 % linear.out_features)[None]
     plain = body(input_ids=ids, use_cache=False)

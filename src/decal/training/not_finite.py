@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import nn
 
 from decal import rundir
 from decal.data.batch import Batch
+from decal.model.evaluating import evaluating
 from decal.rundir import RunDir
 from decal.training.losses import Loss
 from decal.training.precision import Precision
@@ -38,7 +37,7 @@ def write(
 ) -> str:
     """Write the rows of `step`; return where they are and which of them have no finite loss by themselves."""
     lines: list[dict[str, Any]] = []
-    with _dropout_off(model):
+    with evaluating(model):
         for number, batch in enumerate(batches):
             for row, one in enumerate(batch.parts(len(batch.input_ids))):
                 ids: list[int] = one.input_ids[0].tolist()
@@ -65,17 +64,7 @@ def write(
 def _loss(model: nn.Module, row: Batch, loss: Loss, precision: Precision) -> float | str | None:
     if loss.count(row) == 0:
         return None
-    with torch.no_grad(), precision.autocast():
+    with precision.autocast():
         total, count = loss(model, row)
     value = float(total) / count
     return value if math.isfinite(value) else str(value)
-
-
-@contextmanager
-def _dropout_off(model: nn.Module) -> Iterator[None]:
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
