@@ -64,10 +64,9 @@ def test_it_learns_and_says_what_the_codes_change(trained: Finetuned) -> None:
 
 
 def test_the_change_is_that_of_both_models_logits(folder: Path) -> None:
-    quantize = QuantConfig(head="nf4", double_quant=False)
-    model, wide = (
-        load_model(folder / "model", device="cpu", quantize=q) for q in (quantize, QuantConfig(double_quant=False))
-    )
+    how = {"double_quant": False}
+    model = load_model(folder / "model", device="cpu", quantize={**how, "head": "nf4"})
+    wide = load_model(folder / "model", device="cpu", quantize=how)
     ids = list(range(40, 90))
     found = coded_head.change(model, str(folder / "model"), None, ids)
     assert found is not None
@@ -88,20 +87,17 @@ def test_the_change_is_that_of_both_models_logits(folder: Path) -> None:
 def test_a_checkpoint_of_other_names_is_told_in_plain_words(folder: Path, tmp_path: Path) -> None:
     model = load_model(folder / "model", device="cpu", quantize=QuantConfig(head="int8"))
     tensors = load_file(folder / "model/model.safetensors")
-    save_file(
-        {key.replace("lm_head", "output"): tensor for key, tensor in tensors.items()}, tmp_path / "model.safetensors"
-    )
+    renamed = {key.replace("lm_head", "output"): tensor for key, tensor in tensors.items()}
+    save_file(renamed, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_bytes((folder / "model/config.json").read_bytes())
     found = coded_head.change(model, str(tmp_path), None, [1, 2, 3])
     assert str(found) == (
-        "the output head is stored in int8, which changes the logits; by how much is not measured: the checkpoint holds "
-        "no such weight in 16 or 32 bits"
+        "the output head is stored in int8, which changes the logits; by how much is not measured: the checkpoint "
+        "holds no such weight in 16 or 32 bits"
     )
 
 
-def test_merging_starts_from_the_coded_head_or_from_the_wide_one(
-    trained: Finetuned, folder: Path, tmp_path: Path
-) -> None:
+def test_a_merge_starts_from_the_decoded_head(trained: Finetuned, folder: Path, tmp_path: Path) -> None:
     data = str(folder / "data.jsonl")
     merged = merge(str(trained.run), tmp_path / "merged", dtype="fp32", data=data)
     by_way = {candidate.into: candidate for candidate in merged.candidates}
