@@ -139,6 +139,11 @@ class QuantConfig(Settings):
         return None if self.head == "wide" else self.model_copy(update={"format": self.head})
 
     @property
+    def told(self) -> str:
+        """Return the formats in words."""
+        return self.format if self.head == "wide" else f"{self.format}, its output head in {self.head}"
+
+    @property
     def has_files(self) -> bool:
         """Whether a model stored so can be written: bitsandbytes' layout has one 4-bit format for a model."""
         return self.format != "int8" and self.head in ("wide", self.format)

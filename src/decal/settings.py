@@ -202,18 +202,26 @@ def group_of(annotation: Any) -> type[Settings] | None:
 
 
 def layered(
-    model: type[Settings], path: Path | None, overrides: Sequence[str], values: Mapping[str, Any]
+    model: type[Settings],
+    path: Path | None,
+    overrides: Sequence[str],
+    values: Mapping[str, Any],
+    *,
+    short: Mapping[str, str],
 ) -> dict[str, Any]:
-    """Return the settings of a YAML file with `values` and then `key=value` words (dotted keys) laid over it."""
+    """Return the settings of a YAML file with `values` and then `key=value` words (dotted keys) laid over it.
+
+    `short` names, for a group that may be given as one word, the setting which that word is.
+    """
     merged = {} if path is None else read_yaml(path)
     for key, value in values.items():
-        _lay(merged, key.split("."), value)
+        _lay(merged, key.split("."), value, short)
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not key:
             raise ConfigError("an override must be key=value", got=override, fix="Write it as train.lr=1e-4.")
         keys = key.split(".")
-        _lay(merged, keys, read_word(text, kinds_of(model, keys)))
+        _lay(merged, keys, read_word(text, kinds_of(model, keys)), short)
     return merged
 
 
@@ -289,9 +297,11 @@ def read_word(text: str, kinds: Sequence[Any] = ()) -> Any:
         return text
 
 
-def _lay(target: dict[str, Any], keys: Sequence[str], value: Any) -> None:
+def _lay(target: dict[str, Any], keys: Sequence[str], value: Any, short: Mapping[str, str]) -> None:
     for key in keys[:-1]:
         inner = target.setdefault(key, {})
+        if isinstance(inner, str) and key in short:
+            inner = target[key] = {short[key]: inner}
         if not isinstance(inner, dict):
             raise ConfigError(
                 f"{'.'.join(keys)!r} has no place, for {key!r} already holds one value",

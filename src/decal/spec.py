@@ -325,4 +325,4 @@ def read_run_config(
     path: Path | None = None, overrides: Sequence[str] = (), *, values: Mapping[str, Any] | None = None
 ) -> RunConfig:
     """Return the settings of a YAML file with `values` and then dotted overrides (`train.lr=1e-4`) laid over it."""
-    return RunConfig(**layered(RunConfig, path, overrides, values or {}))
+    return RunConfig(**layered(RunConfig, path, overrides, values or {}, short={"quantize": "format"}))

@@ -31,7 +31,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return fast
 
 
-def model(seed: int = 0, layers: int = 2, hidden: int = 32) -> LlamaForCausalLM:
+def model(seed: int = 0, layers: int = 2, hidden: int = 32, *, tied: bool = True) -> LlamaForCausalLM:
     """Return a Llama of about 30,000 weights whose random start is large enough for adapters to matter."""
     config = LlamaConfig(
         vocab_size=256 + len(SPECIAL),
@@ -42,7 +42,7 @@ def model(seed: int = 0, layers: int = 2, hidden: int = 32) -> LlamaForCausalLM:
         num_key_value_heads=2,
         max_position_embeddings=512,
         initializer_range=0.15,
-        tie_word_embeddings=True,
+        tie_word_embeddings=tied,
         eos_token_id=256,
         bos_token_id=256,
         pad_token_id=257,
@@ -51,9 +51,9 @@ def model(seed: int = 0, layers: int = 2, hidden: int = 32) -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
-def save_model(folder: Path, dtype: torch.dtype = torch.float32, seed: int = 0) -> Path:
+def save_model(folder: Path, dtype: torch.dtype = torch.float32, seed: int = 0, *, tied: bool = True) -> Path:
     """Write the model and its tokenizer as a folder that `from_pretrained` reads."""
-    model(seed).to(dtype).save_pretrained(folder)
+    model(seed, tied=tied).to(dtype).save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     return folder
 

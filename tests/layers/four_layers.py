@@ -16,16 +16,20 @@ from decal.model.wrapper import PeftModel
 from decal.spec import LoraConfig, QuantConfig
 
 
-def make(sizes: dict[str, Any], quantize: str | None, *, rank: int, device: str = "cpu") -> PeftModel:
+def make(
+    sizes: dict[str, Any], quantize: str | None, *, rank: int, device: str = "cpu", of_head: str = "wide"
+) -> PeftModel:
     """Return the model in training; `sizes` are LlamaConfig's."""
     torch.manual_seed(0)
     config = LlamaConfig(**sizes, num_hidden_layers=4, tie_word_embeddings=False)
     model = LlamaForCausalLM(config).to(device, torch.bfloat16)
     if quantize is not None:
-        settings, head = QuantConfig(format=quantize), model.get_output_embeddings()
+        settings, head = QuantConfig(format=quantize, head=of_head), model.get_output_embeddings()
         for name, module in list(model.named_modules()):
-            if isinstance(module, nn.Linear) and module is not head:
-                layer = quantized.room_for(module, None, settings)
+            how = settings.of_head() if module is head else settings
+            if isinstance(module, nn.Linear) and how is not None:
+                layer = quantized.room_for(module, None, how)
+                layer.in_slabs = module is head
                 place(model, name, quantized.fill(layer, *layer.encode(module.weight.detach(), name), name))
     return with_adapter(model, rank=rank)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,6 +15,7 @@ import torch
 import transformers
 from torch import nn
 
+from decal.errors import ConfigError, Unsupported
 from decal.model import load
 from decal.model.lean import lean
 from decal.model.wrapper import PeftModel
@@ -71,6 +73,8 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("llama", {"packed": True, "accumulate": 2}),
     ("qwen2", {"quantize": "nf4"}),
     ("qwen3", {"quantize": "int8", "gradient_checkpointing": True}),
+    ("llama", {"quantize": "nf4", "head": "nf4"}),
+    ("llama", {"quantize": "nf4", "head": "int8"}),
     ("gemma", {"lora": {"use_dora": True}}),
     ("gemma2", {"length": 64}),  # its layers alternate, and its logits are capped
     ("phi", {"lora": {"lora_dropout": 0.1}}),
@@ -124,6 +128,35 @@ def test_coded_weights_take_their_bits(tmp_path: Path) -> None:
     # 4 bits a weight, 8-bit scales for 64, fp32 ones for 256 of those: 4.127 bits; norms stay bf16
     assert parts["frozen weights"] == pytest.approx(linears * 4.127 / 8 + 2 * 65 * 4096, rel=1e-4)
     assert parts["embeddings and head"] == 2 * 2 * 128256 * 4096
+    assert asked.quantize is not None
+    for of_head, size in (("nf4", head_in_nf4(128256 * 4096)), ("int8", 128256 * (4096 + 4))):
+        coded = replace(asked, quantize=asked.quantize.model_copy(update={"head": of_head}))
+        other = memory.forecast(coded).phase("training").parts
+        # A card hands out memory in steps of 512 bytes.
+        assert other["embeddings and head"] == pytest.approx(2 * 128256 * 4096 + size, rel=0, abs=512)
+        assert other["frozen weights"] == parts["frozen weights"]
+        assert other["logits"] == parts["logits"]
+
+
+def head_in_nf4(weights: int) -> int:
+    """Return its bytes: codes, a byte for the scale of each 64 weights, 4 for 256 of these, 4 for their mean."""
+    return weights // 2 + weights // 64 + weights // 64 // 256 * 4 + 4
+
+
+def test_a_coded_head_is_never_whole_in_a_plan_either(tmp_path: Path) -> None:
+    save_size(tmp_path, "8b")
+    asked = wanted(tmp_path, quantize="nf4", head="nf4", length=512, micro_batch=1, device="cuda", numbers="bf16")
+    found = shapes.training_step(empty.trainable(asked), asked)
+    assert max(block.bytes for block in found.blocks if block.part != "embeddings and head") < 128256 * 4096
+
+
+def test_what_training_refuses_of_a_head_a_plan_refuses(tmp_path: Path) -> None:
+    with pytest.raises(Unsupported, match="is its embedding table"):
+        memory.forecast(wanted(save_config(tmp_path / "tied", "qwen2"), quantize="nf4", head="nf4"))
+    config = save_config(tmp_path / "capped", "gemma2") / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "tie_word_embeddings": False}))
+    with pytest.raises(ConfigError, match=r"quantize.head needs the loss .*final_logit_softcapping"):
+        memory.forecast(wanted(tmp_path / "capped", quantize="nf4", head="nf4"))
 
 
 def test_parts_add_up_and_phases_are_ordered(tmp_path: Path) -> None:

@@ -90,6 +90,7 @@ def wanted(
     *,
     length: int = 96,
     quantize: str | None = None,
+    head: str = "wide",
     packed: bool = False,
     device: Any = "cpu",
     numbers: Any = "fp32",
@@ -102,7 +103,7 @@ def wanted(
         model=str(model),
         lora=LoraConfig(**adapter),
         train=TrainConfig(**{"micro_batch": 2, **train}),
-        quantize=None if quantize is None else QuantConfig(format=quantize),  # type: ignore[arg-type]
+        quantize=None if quantize is None else QuantConfig(format=quantize, head=head),  # type: ignore[arg-type]
         length=length,
         packed=packed,
         device=device,

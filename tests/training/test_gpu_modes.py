@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import pytest
 import torch
@@ -11,11 +12,13 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from decal.data.batch import Batch
+from decal.layers.coded import CodedBase
+from decal.model.inject import place
 from decal.model.lean import lean
-from decal.ops import fuse
+from decal.ops import fuse, slabs
 from decal.ops.block import Memory
 from decal.spec import TrainConfig
-from decal.training import graphs, optim, precision
+from decal.training import graphs, head, optim, precision
 from decal.training.losses import SFT
 from decal.training.step import take_step
 from tests.layers import four_layers
@@ -41,9 +44,9 @@ SIZES = {
 }
 
 
-def made(quantize: str | None) -> nn.Module:
+def made(quantize: str | None, of_head: str = "wide") -> nn.Module:
     """Return the model on the card."""
-    return four_layers.make(SIZES, quantize, rank=16, device="cuda")
+    return four_layers.make(SIZES, quantize, rank=16, device="cuda", of_head=of_head)
 
 
 def gradients(model: nn.Module, *, autocast: bool, packed: bool = False) -> dict[str, Tensor]:
@@ -104,10 +107,16 @@ def errors(quantize: str | None, *, packed: bool) -> dict[str, float]:
 
 
 def twenty(
-    quantize: str | None, memory: Memory, before: int, groups: list[list[Batch]], *, attention: SDPBackend | None
+    quantize: str | None,
+    memory: Memory,
+    before: int,
+    groups: list[list[Batch]],
+    *,
+    attention: SDPBackend | None,
+    of_head: str = "wide",
 ) -> tuple[list[float], list[Tensor], int]:
     """The losses of 20 steps over `groups` in turn, the adapter after them, and how many shapes were recorded."""
-    model = made(quantize)
+    model = made(quantize, of_head)
     numbers = precision.resolve("bf16", torch.device("cuda"))
     optimizer = optim.build(model, TrainConfig(lr=1e-3))
     said: list[str] = []
@@ -152,6 +161,29 @@ def test_replayed_packed_steps_are_about_the_launched_ones() -> None:
     assert (none, recorded) == (0, 2)
     # FlashAttention's backward pass sums in no fixed order: 2^-9 of each gradient, in 20 steps that lower the loss.
     assert replayed == pytest.approx(launched, rel=2e-3)
+
+
+@pytest.mark.parametrize("of_head", ["nf4", "int8"])
+def test_a_head_in_codes_is_replayed_and_has_the_gradient_of_the_decoded_one(
+    of_head: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(slabs, "ROWS", 600)  # of 2048 words
+    groups = [[batch(2, 256)]]
+    twenty("nf4", "keep", 10**6, groups, attention=SDPBackend.MATH, of_head=of_head)
+    launched, expected, _ = twenty("nf4", "keep", 10**6, groups, attention=SDPBackend.MATH, of_head=of_head)
+    replayed, got, one = twenty("nf4", "keep", 2, groups, attention=SDPBackend.MATH, of_head=of_head)
+    assert one == 1
+    assert replayed == launched
+    assert all(torch.equal(g, e) for g, e in zip(got, expected, strict=True))
+    assert launched[-1] < launched[0]
+    with exact():
+        coded, dense = (made("nf4", of_head).float() for _ in range(2))
+        layer: Any = head.parts(dense)[1]
+        plain = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+        plain.weight = nn.Parameter(CodedBase(layer).dense(torch.float32), requires_grad=False)
+        place(dense, "base_model.model.lm_head", plain)
+        error = distance(*(gradients(model, autocast=False) for model in (coded, dense)))
+    assert error < 1e-5  # fp32: the same sums, by slabs
 
 
 @pytest.mark.parametrize("packed", [False, True])

@@ -85,7 +85,7 @@ def summary(found: Facts) -> dict[str, str]:
     except AdapterError as error:  # damage is told, and stops nothing
         seal, lines["seal"] = sealed.UNSEALED, error.what
     if seal.base_fingerprint is not None:
-        stored = "as it is stored" if seal.quantize is None else f"in {seal.quantize.format}"
+        stored = "as it is stored" if seal.quantize is None else f"in {seal.quantize.told}"
         lines["trained on"] = f"its base {stored}, weights {seal.base_fingerprint[:12]}"
     if found.config is not None:
         config = found.config

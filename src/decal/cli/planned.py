@@ -40,7 +40,7 @@ def show(plan: Plan, card: Card | None, *, no_epoch: str | None) -> None:
     wanted = first.wanted
     share = 100 * first.trainable / first.parameters
     trained = "all weights" if wanted.full else f"LoRA r={wanted.lora.r}"
-    stored = "" if wanted.quantize is None else f" on {wanted.quantize.format}"
+    stored = "" if wanted.quantize is None else f" on {wanted.quantize.told}"
     facts = {
         "model": wanted.model,
         "train": f"{trained}{stored}: {first.trainable:,} of {first.parameters:,} parameters ({share:.2f}%), "

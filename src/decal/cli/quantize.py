@@ -21,6 +21,14 @@ EXAMPLES = (
 SHOWN = 12
 
 
+class Head(str, Enum):
+    """What the output head becomes."""
+
+    wide = "wide"
+    nf4 = "nf4"
+    int8 = "int8"
+
+
 class Format(str, Enum):
     """What the linear layers become."""
 
@@ -38,6 +46,7 @@ def quantize(
     format: Annotated[Format, typer.Option(help="Of the linear layers.")] = Format.nf4,
     block: Annotated[int, typer.Option(help="Weights that share a scale: 32 to 4096.")] = 64,
     double_quant: Annotated[bool, typer.Option(help="Store the scales in 8 bits.")] = True,
+    head: Annotated[Head, typer.Option(help="Of an output head of its own; wide: as it is.")] = Head.wide,
     skip: Annotated[
         list[str] | None, typer.Option(help="A module that stays as it is, by name or any part of it (repeatable).")
     ] = None,
@@ -53,7 +62,7 @@ def quantize(
     from decal.spec import QuantConfig
 
     given: dict[str, Any] = {"format": format.value, "block": block, "double_quant": double_quant}
-    given |= {"skip": tuple(skip or ()), "allow_dense": allow_dense}
+    given |= {"head": head.value, "skip": tuple(skip or ()), "allow_dense": allow_dense}
     settings = QuantConfig(**given)
     with console.working("quantising"):
         from decal.recipes import quantize as recipe

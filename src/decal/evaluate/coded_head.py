@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from decal import locate
 from decal.evaluate.closeness import mean_kl
-from decal.evaluate.loss import evaluating
 from decal.files.checkpoint import Checkpoint
 from decal.layers.coded import CodedLinear
 from decal.layers.nf4_linear import NF4Linear
+from decal.model.evaluating import evaluating
 from decal.model.targets import output_head
 from decal.ops import workspace
 

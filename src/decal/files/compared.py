@@ -222,7 +222,7 @@ def _number(value: float) -> str:
 
 
 def _stored(seal: Seal) -> str:
-    return "as its checkpoint is" if seal.quantize is None else f"in {seal.quantize.format}"
+    return "as its checkpoint is" if seal.quantize is None else f"in {seal.quantize.told}"
 
 
 def _none(digest: str | None) -> str:

@@ -21,8 +21,9 @@ def quantize(W: Tensor, *, name: str = "the tensor") -> tuple[Tensor, Tensor]:
         raise DecalError(f"{name} holds Inf or NaN", fix="Repair or download the checkpoint again.")
     steps = torch.where(absmax > 0, STEPS / absmax, 0.0)
     codes = torch.empty(W.shape, dtype=torch.int8, device=W.device)
-    for part, rows, step in zip(codes.split(ROWS), W.split(ROWS), steps.split(ROWS), strict=True):
-        part.copy_((rows.float() * step[:, None]).round_().clamp_(-STEPS, STEPS))
+    for first in range(0, len(W), ROWS):
+        part = slice(first, first + ROWS)
+        codes[part] = (W[part].float() * steps[part, None]).round_().clamp_(-STEPS, STEPS)
     return codes, absmax
 
 

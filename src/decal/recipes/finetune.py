@@ -17,6 +17,7 @@ from decal.checks.result import require
 from decal.data.batches import Batches, InOrder
 from decal.data.ledger import Ledger
 from decal.evaluate import coded_head
+from decal.evaluate.coded_head import HeadInCodes
 from decal.evaluate.loss import evaluate
 from decal.model.lean import general_note, lean
 from decal.planning import budgeted
@@ -69,7 +70,7 @@ def finetune(
     job = prepare(config, resumed=run if resume else None, before_weights=partial(look_ahead, grader))
     checked = preflight.short(job) if config.train.check and not resume else []
     require(checked)
-    head = coded_head.change(job.model, job.config.model, job.config.revision, first_tokens(job))
+    head = change_of_head(job)
     facts = {**manifest.facts(job), "output_head": None if head is None else head.facts()}
 
     start.open_folder(run, config, facts, checkpoint=checkpoint, resume=resume)  # from here on the run exists
@@ -139,9 +140,12 @@ def train(
         )
 
 
-def first_tokens(job: Job) -> list[int]:
-    """Return tokens to try a model on: those of the first row of the data."""
-    return rows.looked_at(job)[0].ids
+def change_of_head(job: Job) -> HeadInCodes | None:
+    """Return what storing the output head in codes changes on the first row of the data; None for a head as it was."""
+    config = job.config
+    if config.quantize is None or config.quantize.head == "wide":
+        return None
+    return coded_head.change(job.model, config.model, config.revision, rows.looked_at(job)[0].ids)
 
 
 def measure(job: Job) -> Callable[[nn.Module], Measured] | None:
