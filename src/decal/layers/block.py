@@ -290,9 +290,18 @@ def _product(linear: nn.Module, dtype: torch.dtype) -> Product | None:
     inputs, outputs = base.in_features, base.out_features
     if isinstance(base, CodedBase):
         coded = base.layer
-        return Product(inputs, outputs, scale, base.bias, None, partial(_decode, coded, scale))
+        return Product(
+            inputs,
+            outputs,
+            scale,
+            base.bias,
+            None,
+            partial(_decode, coded, scale),
+            largest=coded.largest,
+            write8=partial(_decode8, coded, scale),
+        )
     W = base.weight.detach()
-    return Product(inputs, outputs, scale, base.bias, W, partial(_copy, W, scale))
+    return Product(inputs, outputs, scale, base.bias, W, partial(_copy, W, scale), largest=base.largest)
 
 
 def _base(linear: nn.Module) -> CodedBase | DenseBase | None:
@@ -318,6 +327,10 @@ def _decode(coded: CodedLinear, scale: float, out: Tensor, A: Tensor | None, B: 
         coded.decode(out)
     else:
         coded.decode_plus(A.detach(), B.detach(), scale, out)
+
+
+def _decode8(coded: CodedLinear, scale: float, out: Tensor, A: Tensor, B: Tensor, by: Tensor) -> None:
+    coded.decode_plus(A.detach(), B.detach(), scale, out, by)
 
 
 def _copy(W: Tensor, scale: float, out: Tensor, A: Tensor | None, B: Tensor | None) -> None:

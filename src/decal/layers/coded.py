@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from decal.errors import Unsupported
 from decal.layers.dense import SIXTEEN_BIT, WideLinear
-from decal.ops import merged, slabs, workspace
+from decal.ops import merged, rounding, slabs, workspace
 from decal.ops.slabs import Slabs
 
 FEW_ROWS = 32  # up to here a product may be formed without forming the weight
@@ -35,6 +35,7 @@ class CodedLinear(Coded):
     """A frozen linear layer in a coded format. `dtype` is what the weight was before, and what a dense copy has."""
 
     transposed = False  # whether checkpoints hold W as (in, out): GPT-2's Conv1D, some models' experts
+    _largest: tuple[Tensor, Tensor] | None = None
     in_slabs = False  # whether W is never whole, but a slab of rows at a time: an output head
     row_step = 1  # rows that a slab may begin at are multiples of it
 
@@ -50,7 +51,7 @@ class CodedLinear(Coded):
         """Return a layer of this format on other bytes, views included."""
         other = type(self).__new__(type(self))  # nn.Module's own ways cost more than a small expert's product
         parameters = {"weight": nn.Parameter(codes, False), "scales": nn.Parameter(scales, False)}
-        other.__dict__.update(self.__dict__, _parameters=parameters)
+        other.__dict__.update(self.__dict__, _parameters=parameters, _largest=None)
         return other
 
     def encode(self, W: Tensor, name: str) -> tuple[Tensor, Tensor]:
@@ -66,11 +67,19 @@ class CodedLinear(Coded):
         size = max(self.row_step, slabs.ROWS // self.row_step * self.row_step)
         return Slabs(shape=(self.out_features, self.in_features), dtype=self.dtype, rows=size, form=self.decode)
 
-    def decode_plus(self, A: Tensor, B: Tensor, s: float, out: Tensor) -> Tensor:
-        """Write W + s·B·A into `out` (out, in), rounded once, and return it."""
-        wide = out if out.dtype in (torch.float32, torch.float64) else torch.empty_like(out, dtype=torch.float32)
+    def decode_plus(self, A: Tensor, B: Tensor, s: float, out: Tensor, by: Tensor | None = None) -> Tensor:
+        """Write W + s·B·A, times `by` (ops/nf4.py) where given, into `out` (out, in), rounded once, and return it."""
+        wide = rounding.room(out, by)
         self.decode(wide).addmm_(B.to(wide.dtype), A.to(wide.dtype), alpha=s)
-        return out if wide is out else out.copy_(wide)
+        return rounding.into(out, wide, by)
+
+    def largest(self) -> tuple[Tensor, Tensor]:
+        """Return the largest |W| of each row (out,) and of each column (in,) in fp32. Computed once."""
+        if self._largest is None or self._largest[0].device != self.weight.device:
+            shape = self.out_features, self.in_features
+            W = self.decode(torch.empty(shape, dtype=self.dtype, device=self.weight.device))
+            self._largest = W.abs().amax(1).float(), W.abs().amax(0).float()
+        return self._largest
 
     def multiply(self, x: Tensor) -> Tensor | None:
         """Return x Wᵀ for a few rows (rows, in) without forming W, or None."""

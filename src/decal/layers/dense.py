@@ -22,6 +22,7 @@ class DenseBase:
 
     def __init__(self, layer: nn.Module) -> None:
         self.layer: Any = layer
+        self._largest: tuple[object, tuple[Tensor, Tensor]] | None = None
 
     @property
     def weight(self) -> Tensor:
@@ -53,6 +54,14 @@ class DenseBase:
     @property
     def on_output_grid(self) -> bool:
         return self.dtype in SIXTEEN_BIT
+
+    def largest(self) -> tuple[Tensor, Tensor]:
+        """Return the largest |W| of each row and of each column in fp32; looked for again if the weight has changed."""
+        state = self.weight.data_ptr(), self.weight._version
+        if self._largest is None or self._largest[0] != state:
+            W = self.weight.detach().abs()
+            self._largest = state, (W.amax(1).float(), W.amax(0).float())
+        return self._largest[1]
 
     def matmul(self, x: Tensor) -> Tensor:
         if x.dtype == self.dtype or torch.is_autocast_enabled(x.device.type):

@@ -59,9 +59,9 @@ class NF4Linear(CodedLinear):
         codes = self.weight.detach()[start // 2 : -(-stop // 2)]
         return nf4.decode(codes, scales, out, block=self.block, kind=self.kind)
 
-    def decode_plus(self, A: Tensor, B: Tensor, s: float, out: Tensor) -> Tensor:
+    def decode_plus(self, A: Tensor, B: Tensor, s: float, out: Tensor, by: Tensor | None = None) -> Tensor:
         scales = self.unpacked_scales()
-        return nf4.decode_plus(self.weight.detach(), scales, A, B, s, out, block=self.block, kind=self.kind)
+        return nf4.decode_plus(self.weight.detach(), scales, A, B, s, out, block=self.block, kind=self.kind, by=by)
 
     def multiply(self, x: Tensor) -> Tensor | None:
         codes, scales = self.weight.detach(), self.unpacked_scales()

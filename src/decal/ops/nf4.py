@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from decal.errors import DecalError
-from decal.ops import dynamic8, select
+from decal.ops import dynamic8, rounding, select
 from decal.ops.select import NotCompiled
 
 Kind = Literal["nf4", "fp4"]
@@ -159,17 +159,29 @@ def decode(packed: Tensor, scales: Scales, out: Tensor, *, block: int, kind: str
 
 
 def decode_plus(
-    packed: Tensor, scales: Scales, A: Tensor, B: Tensor, s: float, out: Tensor, *, block: int, kind: str
+    packed: Tensor,
+    scales: Scales,
+    A: Tensor,
+    B: Tensor,
+    s: float,
+    out: Tensor,
+    *,
+    block: int,
+    kind: str,
+    by: Tensor | None = None,
 ) -> Tensor:
-    """Write W + s·B·A into `out` (out, in), summed in fp32 and rounded once; A (r, in), B (out, r). Returns `out`."""
+    """Write W + s·B·A into `out` (out, in), summed in fp32 and rounded once; A (r, in), B (out, r). Returns `out`.
+
+    The sum is multiplied by `by`, dense fp32 (out, 1) or (1, in), where that is given, as 8-bit floats need it.
+    """
     kernels = _kernels(packed.device)
     if kernels is not None and hasattr(kernels, "decode_plus"):
         with suppress(NotCompiled):
-            select.tried("decode_plus", partial(kernels.decode_plus, packed, scales, A, B, s, out, block, kind))
+            select.tried("decode_plus", partial(kernels.decode_plus, packed, scales, A, B, s, out, block, kind, by))
             return out
-    wide = out if out.dtype in (torch.float32, torch.float64) else torch.empty_like(out, dtype=torch.float32)
+    wide = rounding.room(out, by)
     decode(packed, scales, wide, block=block, kind=kind).addmm_(B.to(wide.dtype), A.to(wide.dtype), alpha=s)
-    return out if wide is out else out.copy_(wide)
+    return rounding.into(out, wide, by)
 
 
 def multiply(x: Tensor, packed: Tensor, scales: Scales, out_features: int, *, block: int, kind: str) -> Tensor | None:

@@ -21,7 +21,15 @@ def dequantize_nested(packed: Tensor, nested: nf4.Nested, out: Tensor, block: in
 
 
 def decode_plus(
-    packed: Tensor, scales: nf4.Scales, A: Tensor, B: Tensor, s: float, out: Tensor, block: int, kind: str
+    packed: Tensor,
+    scales: nf4.Scales,
+    A: Tensor,
+    B: Tensor,
+    s: float,
+    out: Tensor,
+    block: int,
+    kind: str,
+    by: Tensor | None = None,
 ) -> None:
     """On a CPU, decode and then multiply; a card's kernel needs nothing beside `out`."""
     if select.habits(packed.device) != "cpu":

@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from decal.ops import dynamic8, nf4
+from decal.ops import dynamic8, nf4, rounding
 
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")  # the interpreter runs no PTX
 TILE = 4096  # elements a program encodes: the largest block
@@ -30,6 +30,7 @@ PRECISIONS = {
     torch.float32: "ieee",
     torch.float16: "tf32",
     torch.bfloat16: "tf32",
+    torch.float8_e4m3fn: "tf32",
 }  # B·A, by what it is rounded to next
 
 
@@ -66,19 +67,26 @@ def _decode_into(packed: Tensor, scales: nf4.Scales, out: Tensor, block: int, ki
 
 
 def decode_plus(
-    packed: Tensor, scales: nf4.Scales, A: Tensor, B: Tensor, s: float, out: Tensor, block: int, kind: str
+    packed: Tensor,
+    scales: nf4.Scales,
+    A: Tensor,
+    B: Tensor,
+    s: float,
+    out: Tensor,
+    block: int,
+    kind: str,
+    by: Tensor | None = None,
 ) -> None:
-    """Write W + s·B·A into out (out, in), summed in fp32 and rounded once.
+    """Write W + s·B·A, times `by` where given, into out (out, in) of any strides, summed in fp32, rounded once.
 
-    B·A is summed in fp32 of factors rounded to tf32 (relative error below 1e-3) where `out` has 16 bits.
+    `by` is dense, fp32, (out, 1) or (1, in). B·A is summed in fp32 of factors rounded to tf32 (relative error below
+    1e-3) where `out` has 16 bits or fewer.
     """
     outputs, inputs = out.shape
     if inputs % block:  # a block that spans two rows
-        wide = out if out.dtype == torch.float32 else torch.empty_like(out, dtype=torch.float32)
+        wide = rounding.room(out, by)
         _decode_into(packed, scales, wide.view(-1), block, kind)
-        wide.addmm_(B.float(), A.float(), alpha=s)
-        if wide is not out:
-            out.copy_(wide)
+        rounding.into(out, wide.addmm_(B.float(), A.float(), alpha=s), by)
         return
     rank = len(A)
     OUT, IN, REPEAT = 64, 64, 4
@@ -87,9 +95,10 @@ def decode_plus(
     with on(out.device):
         _decode_plus[(-(-inputs // IN), -(-outputs // (OUT * REPEAT)))](
             as_words(packed), *scale_arguments(scales), nf4.levels(kind, out.device),
-            A.contiguous(), B.contiguous(), float(s), out, rank, inputs, outputs,
+            A.contiguous(), B.contiguous(), float(s), by, out, *out.stride(), rank, inputs, outputs,
             OUT=OUT, IN=IN, RANK=RANK, REPEAT=REPEAT, SINGLE=rank <= RANK, BLOCK=block,
             NESTED=isinstance(scales, nf4.Nested), WHOLE=whole, PRECISION=PRECISIONS.get(out.dtype, "ieee"),
+            BOUND=rounding.BOUNDS.get(out.dtype, 0.0), BY_ROW=by is not None and len(by) == outputs,
             num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
 
@@ -312,9 +321,10 @@ def _factor(at, row, column, rows, columns, stride):
 
 @triton.jit
 def _decode_plus(
-    packed, absmax, codes, outer, offset, table, levels, A, B, s, out, rank, inputs, outputs,
+    packed, absmax, codes, outer, offset, table, levels, A, B, s, by, out, down, along, rank, inputs, outputs,
     OUT: tl.constexpr, IN: tl.constexpr, RANK: tl.constexpr, REPEAT: tl.constexpr, SINGLE: tl.constexpr,
-    BLOCK: tl.constexpr, NESTED: tl.constexpr, WHOLE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK: tl.constexpr, NESTED: tl.constexpr, WHOLE: tl.constexpr, PRECISION: tl.constexpr, BOUND: tl.constexpr,
+    BY_ROW: tl.constexpr,
 ):  # fmt: skip
     k = tl.program_id(0) * IN
     column = k + tl.arange(0, IN)
@@ -332,7 +342,14 @@ def _decode_plus(
                 more = _factor(A, first + r, column, rank, inputs, inputs)
                 change = tl.dot(left, more, change, input_precision=PRECISION)
         value = (value * scale[:, :, None]).reshape(OUT, IN) + change * s
-        at = out + row.to(tl.int64)[:, None] * inputs + column[None, :]
+        if by is not None:
+            if BY_ROW:
+                value = value * tl.load(by + row, mask=row < outputs, other=0.0)[:, None]
+            else:
+                value = value * tl.load(by + column, mask=column < inputs, other=0.0)[None, :]
+        if BOUND:
+            value = tl.where(value > BOUND, BOUND, tl.where(value < -BOUND, -BOUND, value))  # NaN stays
+        at = out + row.to(tl.int64)[:, None] * down + column.to(tl.int64)[None, :] * along
         if WHOLE:
             tl.store(at, value.to(out.dtype.element_ty))
         else:

@@ -29,7 +29,8 @@ Write = Callable[[Tensor, Tensor | None, Tensor | None], None]  # (out (O, D), A
 class Product:
     """One frozen weight. `stored` is the weight itself where it is stored as it is; else `write` decodes it.
 
-    `drop` is what the adapter's input loses in this pass.
+    `drop` is what the adapter's input loses in this pass. For 8-bit floats (ops/fp8.py) `largest` bounds |W| in
+    each row and each column, and `write8` decodes W + s·B·A into 8 bits, times a number for each row or each column.
     """
 
     inputs: int
@@ -39,6 +40,8 @@ class Product:
     stored: Tensor | None
     write: Write
     drop: Drop | None = None
+    largest: Callable[[], tuple[Tensor, Tensor]] | None = None
+    write8: Callable[[Tensor, Tensor, Tensor, Tensor], None] | None = None  # out (O, D), A, B, numbers
 
 
 Factors = tuple[Tensor, Tensor] | None  # A (rank, D), B (O, rank) of one product
