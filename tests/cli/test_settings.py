@@ -83,6 +83,16 @@ def test_a_settings_file_that_is_no_yaml_says_where(tmp_path: Path) -> None:
         read_run_config(file)
 
 
+def test_a_format_alone_may_be_followed_by_other_settings_of_its_section(tmp_path: Path) -> None:
+    assert read(quantize="nf4").quantize == QuantConfig(format="nf4", head="wide")
+    wanted = QuantConfig(format="fp4", head="int8")
+    assert read("quantize.head=int8", quantize="fp4").quantize == wanted
+    assert read("quantize=fp4", "quantize.head=int8").quantize == wanted
+    file = tmp_path / "run.yaml"
+    file.write_text("model: m\ndata: {path: d}\nquantize: fp4\n")
+    assert read_run_config(file, ["quantize.head=int8"]).quantize == wanted
+
+
 def test_a_key_that_is_a_number_is_an_unknown_setting(tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
     file.write_text("model: m\ndata: {path: d}\ntrain:\n  1: 2\n")

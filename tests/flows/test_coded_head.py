@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from decal.errors import Unsupported
+from decal.errors import ConfigError, Unsupported
 from decal.evaluate import coded_head
 from decal.evaluate.closeness import mean_kl
 from decal.layers.coded import CodedBase, CodedLinear
@@ -111,6 +111,12 @@ def test_a_merge_starts_from_the_decoded_head(trained: Finetuned, folder: Path, 
     assert torch.equal(again.lm_head.weight, expected)
     merge(str(trained.run), tmp_path / "nf4", into="nf4", data=data, force=True)
     assert isinstance(load_model(tmp_path / "nf4", device="cpu").lm_head, CodedLinear)
+
+
+def test_a_head_of_another_format_is_not_merged_into_codes(folder: Path, tmp_path: Path) -> None:
+    run = finetune(coded(folder, "eight", head="int8")).run
+    with pytest.raises(ConfigError, match=r"into 'nf4' .*a base in nf4, its output head in int8.*auto, 16bit, dequant"):
+        merge(str(run), tmp_path / "merged", into="nf4")
 
 
 def test_every_check_passes(folder: Path) -> None:

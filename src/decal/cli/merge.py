@@ -113,7 +113,7 @@ def show(merged: Merged) -> None:
         console.show(table)
     lines = {
         "model": f"{merged.path} ({merged.dtype}, {megabytes(merged.bytes)})",
-        "base": f"{merged.base}, trained on in {merged.trained_on}",
+        "base": merged.base + (f", in training stored in {merged.trained_on}" if merged.trained_on else ""),
         "rounding": f"{rounding.survived:.2%} of the update survived; "
         f"{rounding.unchanged:.2%} of the weights it changes stayed the same number",
         "check": f"read back from disk and compared with base + adapter on {counted(agreement.tokens, 'token')}\n"

@@ -110,9 +110,9 @@ def show_layers(result: Quantized) -> None:
         + "\n",
         style="dim",
     )
-    if result.layers[0].levels:
-        weights = sum(layer.weights for layer in result.layers)
-        shares = [sum(layer.levels[i] * layer.weights for layer in result.layers) / weights for i in range(16)]
+    if layers := [layer for layer in result.layers if layer.levels]:
+        weights = sum(layer.weights for layer in layers)
+        shares = [sum(layer.levels[i] * layer.weights for layer in layers) / weights for i in range(16)]
         console.say(
             "levels   " + " ".join(f"{100 * share:.1f}" for share in shares) + "  (% of the weights, lowest first)"
         )

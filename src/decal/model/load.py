@@ -67,7 +67,7 @@ def load_model(
     `low_cpu_mem_usage` is accepted and is always so.
 
     `quantize` ("nf4", "fp4", "int8", a QuantConfig or its settings) stores the linear layers in codes as the checkpoint
-    streams in, the output head with QuantConfig(head=...) alone; transformers' BitsAndBytesConfig is understood as
+    streams in, the output head only with QuantConfig(head=...); transformers' BitsAndBytesConfig is understood as
     `quantization_config`. 4-bit checkpoints of bitsandbytes load as they are, without bitsandbytes. `observe` sees each
     weight and its codes as they are made.
     `stream` leaves the weights of linear layers in their files, from where each is read whenever it is needed: for one

@@ -88,7 +88,7 @@ class Merged:
 
     path: Path
     base: str
-    trained_on: str  # how the base was stored in training
+    trained_on: str | None  # the formats that the base was stored in; None: as its checkpoint is
     into: str
     dtype: str
     bytes: int
@@ -112,11 +112,6 @@ class Stack:
     quantize: QuantConfig | None
     adapter: str
     any_base: bool = False  # also another one than the adapter's seal names
-
-    @property
-    def stored_in(self) -> str:
-        """Return in words how the base was stored."""
-        return self.quantize.told if self.quantize else "its stored dtype"
 
     def load(self, dtype: torch.dtype | None = None) -> PeftModel:
         """Load it with its linear weights left in their files."""
@@ -191,7 +186,7 @@ def merge(
     return Merged(
         path=out,
         base=base,
-        trained_on=stack.stored_in,
+        trained_on=None if stack.quantize is None else stack.quantize.told,
         into=best.into,
         dtype=best.dtype,
         bytes=sum(file.stat().st_size for file in out.glob("*.safetensors")),
@@ -244,7 +239,7 @@ def ways_for(tuned: PeftModel, stack: Stack, into: str) -> list[str]:
     layers = [m for m in tuned.modules() if isinstance(m, Coded)]
     coded = [m for m in layers if not isinstance(m, StreamedLinear) or m.form is not None]
     known = [] if coded and stack.quantize is None else ["16bit"]  # a checkpoint of codes has no original
-    trained_on = stack.stored_in
+    trained_on = stack.quantize.told if stack.quantize else "its stored dtype"
     if coded:
         known.append("dequantized")
     if any(isinstance(m, CodedExperts) for m in coded):

@@ -14,6 +14,7 @@ from decal import rundir
 from decal.errors import ConfigError, DecalError, RunError
 from decal.layers.coded import CodedLinear
 from decal.layers.coded_experts import CodedExperts
+from decal.layers.int8_linear import Int8Linear
 from decal.layers.nf4_linear import NF4Linear
 from decal.model import quantized, quantizer
 from decal.model.load import load_model, load_tokenizer, meta_model
@@ -181,8 +182,9 @@ def _bits(model: Any, settings: QuantConfig, *, double_quant: bool) -> float:
     if settings.format == "int8":
         return quantized.bits_per_weight(model)
     sizes: list[tuple[int, int]] = []  # of each linear layer, and of each expert
+    eight = [m for m in model.modules() if isinstance(m, Int8Linear)]
     for module in model.modules():
-        if isinstance(module, CodedLinear):
+        if isinstance(module, NF4Linear):
             sizes.append((module.out_features, module.in_features))
         elif isinstance(module, CodedExperts):
             sizes += module.count * [(module.one.out_features, module.one.in_features)]
@@ -190,4 +192,5 @@ def _bits(model: Any, settings: QuantConfig, *, double_quant: bool) -> float:
         nf4.bits_per_weight(shape, block=settings.block, double_quant=double_quant) * shape[0] * shape[1]
         for shape in sizes
     ]
-    return sum(bits) / sum(a * b for a, b in sizes)
+    bits += [8 * (m.weight.numel() + m.scales.numel()) for m in eight]  # a head of its own format
+    return sum(bits) / (sum(a * b for a, b in sizes) + sum(m.weights for m in eight))
