@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from decal.cli import console
+from decal.cli import console, imports
 from decal.words import counted
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def check(
     from decal.cli import overrides
 
     config = overrides.read(words or [], {"model": model, "data.path": data, "train.device": device}, resume=False)
-    with console.working("loading torch and transformers"):
+    with console.working("loading torch and transformers"), imports.at_rest():
         from decal.recipes import check as recipe
     changed: list[tuple[str, str]] = []
     if resume:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import gc
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from decal.cli import console
+from decal.cli import console, imports
 from decal.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -89,7 +88,8 @@ def plan(
     }
     config = read(words or [], settings)
     with console.working("counting a step without weights"):
-        answer = _imported()
+        with imports.at_rest():
+            from decal.planning import answer
         known = _card(card, tflops)
         data = _data(config)
         wanted, room = _wanted(config, device, room, known, data)
@@ -100,20 +100,6 @@ def plan(
         console.dump(done.to_dict())
     else:
         planned.show(done, known, no_epoch=data if epoch is None and isinstance(data, str) else None)
-
-
-def _imported() -> Any:
-    """Return `decal.planning.answer`, imported with the collector at rest.
-
-    Else it looks through the libraries' objects again and again, for a fifth of the time that importing takes.
-    """
-    gc.disable()
-    try:
-        from decal.planning import answer
-    finally:
-        gc.freeze()
-        gc.enable()
-    return answer
 
 
 def _data(config: RunConfig) -> Read | str:

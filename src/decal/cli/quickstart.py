@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.text import Text
 
-from decal.cli import console
+from decal.cli import console, imports
 
 if TYPE_CHECKING:
     from decal.cli.watch import Watch
@@ -36,7 +36,7 @@ def quickstart(
     for word in words or []:
         overrides.check_key(word.partition("=")[0])
     folder = output or next_free(DEFAULT)
-    with console.working("loading torch and transformers"):
+    with console.working("loading torch and transformers"), imports.at_rest():
         from decal.cli.watch import Watch
         from decal.recipes import quickstart as recipe
 

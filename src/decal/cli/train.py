@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from decal.cli import console
+from decal.cli import console, imports
 
 EXAMPLES = (
     "Examples:\n\n"
@@ -107,7 +107,7 @@ def train(
         },
         resume=resume,
     )
-    with console.working("loading torch and transformers"):
+    with console.working("loading torch and transformers"), imports.at_rest():
         from decal.cli.watch import Watch, outcome
         from decal.recipes.finetune import finetune
 

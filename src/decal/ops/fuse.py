@@ -26,8 +26,11 @@ Choice = Literal["off", "plain", "compiled"]
 class Witness(Protocol):
     """Whoever counts what runs (planning/traced.py): it is shown each region as the one kernel that it will be."""
 
-    def kernel(self, run: Callable[[], R], touched: list[Tensor]) -> R:
-        """Return `run()`. `touched` are the tensors read, and those written over."""
+    def kernel(self, function: Callable[..., R], args: tuple[Any, ...], kwargs: dict[str, Any]) -> R:
+        """Return what the function makes of its arguments, written over if its name ends with _; or a likeness of it.
+
+        A likeness is without values, where the arguments are.
+        """
         ...
 
 
@@ -76,9 +79,7 @@ def region(function: Callable[P, R]) -> Callable[P, R]:
         first: Any = args[0]
         assert isinstance(first, Tensor), "a region's first argument is a tensor"
         if _witness is not None and on(first.device):
-            read = [x for x in args if isinstance(x, Tensor)]
-            over = read if function.__name__.endswith("_") else []
-            return _witness.kernel(lambda: function(*args, **kwargs), [*read, *over])
+            return _witness.kernel(function, args, kwargs)
         if function.__name__ in _broken or not _compiles(first.device):
             return function(*args, **kwargs)
         if not compiled:

@@ -97,7 +97,6 @@ class _Run:
     back: list[int] = field(default_factory=list)  # when each layer's backward began, the last layer first
     first: int = 0  # when the step began
     ended: int = 0  # when its backward, or evaluation, ended
-    watching: bool = True
 
     def __post_init__(self) -> None:
         self.trace = Trace(card=self.wanted.device == "cuda")
@@ -149,17 +148,18 @@ class _Run:
 
     def _train(self, optimizer: Any) -> None:
         scaler = torch.amp.GradScaler("cpu", enabled=False)
-        rounds = 2 if self.wanted.train.accumulate > 1 else 1  # in the second, gradients are there from the start
-        for number in range(rounds):
-            self.watching = number == rounds - 1
-            self.first = self.trace.now
-            step.backward(self.model, [self.batch], self.loss, scaler, precision=self.precision)
-            for p in self.model.parameters():
-                if p.grad is not None:
-                    there = not self.watching and id(p) in self.middle  # else the copies' come with their backward
-                    self.trace.see(p.grad, GRADIENTS, middle=there)
+        weights = [p for p in self.model.parameters() if p.requires_grad]
+        if self.wanted.train.accumulate > 1:  # from the second micro-batch on, gradients are there from the start
+            for p in weights:
+                p.grad = torch.empty_like(p)
+                self.trace.see(p.grad, GRADIENTS, middle=id(p) in self.middle)
+        self.first = self.trace.now
+        step.backward(self.model, [self.batch], self.loss, scaler, precision=self.precision)
+        for p in weights:
+            if p.grad is not None:
+                self.trace.see(p.grad, GRADIENTS)
         self.ended = self.trace.now
-        weights = [p for p in self.model.parameters() if p.grad is not None]
+        weights = [p for p in weights if p.grad is not None]
         norm = torch.nn.utils.get_total_norm([p.grad for p in weights])
         torch.nn.utils.clip_grads_with_norm_(weights, self.wanted.train.max_grad_norm, norm)
         if isinstance(optimizer, AdamW8bit):
@@ -173,13 +173,12 @@ class _Run:
         seen: set[int] = set()
 
         def begins(module: nn.Module, inputs: Any) -> None:
-            if self.watching and id(module) not in seen:
+            if id(module) not in seen:
                 seen.add(id(module))
                 self.begun.append(self.trace.now)
 
         def turns(_: Tensor) -> None:
-            if self.watching:
-                self.back.append(self.trace.now)
+            self.back.append(self.trace.now)
 
         def ends(module: nn.Module, inputs: Any, output: Any) -> None:
             hidden = output[0] if isinstance(output, tuple) else output

@@ -10,12 +10,14 @@ import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cache, partial
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 from decal.planning import kernels
 
@@ -51,6 +53,7 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
         self._live: dict[int, tuple[weakref.ref[Any], Block]] = {}
         self._summands: list[Block] = []  # of the sum that autograd formed last, and when that was
         self._summed = -1
+        self._makers: dict[Any, Callable[[], Any]] = {}  # of a kernel's results, by the kernel and its inputs' likeness
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -68,7 +71,7 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
             with unset_fake_temporarily():
                 out = func(*args, **kwargs)
         else:
-            out = func(*args, **kwargs)
+            out = _formed(func, args, kwargs, inputs)
         if self._inside:
             return out
         self.now += 1
@@ -80,19 +83,28 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
         self._count(func, args, kwargs, inputs, outputs, out)
         return out
 
-    def kernel(self, run: Callable[[], R], touched: list[Tensor]) -> R:
-        """Count `run` as one operation that reads and writes `touched` and makes what it returns, nothing between."""
+    def kernel(self, function: Callable[..., R], args: tuple[Any, ...], kwargs: dict[str, Any]) -> R:
+        """Count a call as one operation that reads its tensors and makes what it returns, nothing between.
+
+        For inputs like an earlier call's, results like that call's are made, and the function does not run.
+        """
+        read = list(tensors_in(args))
+        key = function, tuple(_likeness(x) for x in (*args, *kwargs.items()))
+        make = self._makers.get(key)
         self._inside = True
         try:
-            out = run()
+            out: Any = function(*args, **kwargs) if make is None else make()
         finally:
             self._inside = False
+        if make is None and (maker := _maker(out, read)) is not None:
+            self._makers[key] = maker
         self.now += 1
         outputs = list(tensors_in((out,)))
         for tensor in outputs:
             self.see(tensor)
-        self.moved.append((self.now, sum(kernels.size(x) for x in (*touched, *outputs))))
-        return out
+        over = read if function.__name__.endswith("_") else []
+        self.moved.append((self.now, sum(kernels.size(x) for x in (*read, *over, *outputs))))
+        return out  # type: ignore[no-any-return]  # the function's own result, or one like it
 
     def see(self, tensor: Tensor, part: str | None = None, *, middle: bool = False) -> Block:
         """Return the block of a tensor's storage, which is new if it has not been seen, and say what it is."""
@@ -140,6 +152,26 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
             self.blocks.append(Block(bytes=extra, born=self.now, died=self.now + 1, part="workspace"))
 
 
+def _likeness(x: Any) -> Any:
+    """Return what a kernel's results depend on, of one of its arguments."""
+    return (type(x), x.shape, x.stride(), x.dtype) if isinstance(x, Tensor) else x
+
+
+def _maker(out: Any, read: list[Tensor]) -> Callable[[], Any] | None:
+    """Return what makes another result like `out`; None where it has values or a history, or shares memory."""
+    made = list(tensors_in((out,)))
+    own = {x.untyped_storage()._cdata for x in made}
+    apart = len(own) == len(made) and own.isdisjoint(x.untyped_storage()._cdata for x in read)
+    if not apart or not all(isinstance(x, FakeTensor) and not x.requires_grad for x in made):
+        return None
+    if any(x.untyped_storage().nbytes() != kernels.size(x) for x in made):
+        return None
+    makers = [partial(torch.empty_strided, x.shape, x.stride(), dtype=x.dtype) for x in made]
+    if isinstance(out, Tensor):
+        return makers[0]
+    return None if len(made) != len(out or ()) else lambda: tuple(make() for make in makers) if makers else None
+
+
 def tensors_in(values: Iterable[Any]) -> Iterator[Tensor]:
     """Yield the tensors among values and in lists of them, which is all that operations take and return."""
     for value in values:
@@ -160,6 +192,37 @@ def has_values(func: Any, inputs: list[Tensor]) -> bool:
     except RuntimeError:
         return True
     return shape.numel() <= SMALL
+
+
+def _formed(func: Any, args: Any, kwargs: dict[str, Any], inputs: list[Tensor]) -> Any:
+    """Return what an operation returns, where that needs no value; FakeTensor's own ways to some of it are long."""
+    place = _written_over(func)
+    if place is not None:
+        over = args[place] if isinstance(place, int) else kwargs[place]
+        if isinstance(over, FakeTensor) and over.numel():  # torch gives an empty one the size that it takes
+            return over
+    fakes = [isinstance(x, FakeTensor) for x in inputs]
+    if any(fakes) and not all(fakes):
+        args, kwargs = tree_map_only(Tensor, _emptied, (args, kwargs))
+    return func(*args, **kwargs)
+
+
+@cache
+def _written_over(func: Any) -> int | str | None:
+    """Return which argument an operation writes over and returns, in the form that it had; None for others."""
+    schema = func._schema
+    alias = schema.returns[0].alias_info if len(schema.returns) == 1 else None
+    if alias is None or not alias.is_write or torch.Tag.inplace_view in func.tags:
+        return None
+    for number, argument in enumerate(schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            return str(argument.name) if argument.kwarg_only else number
+    return None
+
+
+def _emptied(x: Tensor) -> Tensor:
+    """Return a likeness of x without values; a single number stays, for it may be a constant of the operation."""
+    return x if isinstance(x, FakeTensor) or not x.dim() else torch.empty_strided(x.shape, x.stride(), dtype=x.dtype)
 
 
 def live_at(blocks: Iterable[Block], moment: int) -> Iterator[Block]:
