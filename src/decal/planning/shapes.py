@@ -138,7 +138,8 @@ class _Run:
         for p in weights:
             p.grad = torch.empty_like(p)
         if isinstance(optimizer, AdamW8bit):
-            optimizer.make_states(weights)
+            for p in weights:  # one by one: tensors made together share a storage, and here some stand for others
+                optimizer.make_states([p])
         else:
             optimizer.step()
         for p, state in optimizer.state.items():
