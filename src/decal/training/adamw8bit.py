@@ -7,7 +7,7 @@ Where they do not (some have no gradient, or began later) they are gathered and 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from decal.training.stretches import side_by_side, stretches
 
 SMALLEST = 4096  # elements: tensors below keep fp32 states, as in bitsandbytes
 RUN = 1 << 14  # blocks moved by one call: 2^22 elements, whose fp32 temporaries take some 0.1 GiB
+TOGETHER, ALONE = 34, 30  # bytes of them for each element: a tensor alone with whole blocks is not gathered first
 SLOTS = ("exp_avg", "exp_avg_absmax", "exp_avg_sq", "exp_avg_sq_absmax")  # in the order of Moments
 
 Part = tuple[nn.Parameter, int, int]  # blocks [first, last) of a parameter
@@ -178,6 +179,16 @@ def runs(parameters: Iterable[nn.Parameter], limit: int) -> Iterator[list[Part]]
             yield [(p, 0, _blocks(p)) for p in whole]
         else:
             yield from ([(p, first, min(first + limit, blocks))] for first in range(0, blocks, limit))
+
+
+def step_bytes(parameters: Sequence[nn.Parameter]) -> int:
+    """Return the most bytes that a step along fp32 gradients takes for itself, of what is moved in codes."""
+    most = 0
+    for run in runs([p for p in parameters if p.numel() >= SMALLEST], RUN):
+        blocks, (p, _, end) = sum(last - first for _, first, last in run), run[0]
+        gathered = len(run) > 1 or end * BLOCK > p.numel()
+        most = max(most, (TOGETHER if gathered else ALONE) * blocks * BLOCK)
+    return most
 
 
 def _blocks(p: Tensor) -> int:
