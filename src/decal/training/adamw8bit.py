@@ -72,19 +72,19 @@ class AdamW8bit(torch.optim.Optimizer):
         for p in small:
             self.state[p].update(exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
         for together in wholes(coded, RUN):
-            sizes = [_blocks(p) for p in together]
+            sizes = [blocks for _, _, blocks in together]
             for slot in SLOTS:
                 scales = slot.endswith("absmax")
                 shape, dtype = ((), torch.float32) if scales else ((BLOCK,), torch.uint8)
-                flat = torch.zeros(sum(sizes), *shape, dtype=dtype, device=together[0].device)
-                for p, rows in zip(together, flat.split_with_sizes(sizes), strict=True):
+                flat = torch.zeros(sum(sizes), *shape, dtype=dtype, device=together[0][0].device)
+                for (p, _, _), rows in zip(together, flat.split_with_sizes(sizes), strict=True):
                     self.state[p][slot] = rows
 
     def _counted(self, parameters: list[nn.Parameter]) -> dict[int, list[nn.Parameter]]:
         """Count one step of each parameter; return them by their counts, which are all but always the same."""
         alike: dict[int, list[nn.Parameter]] = {}
         if parameters:
-            steps = self._lying(parameters, "step")
+            steps = _lying([self.state[p] for p in parameters], "step")
             torch._foreach_add_(steps, 1)
             for p, step in zip(parameters, _one(steps).tolist(), strict=True):
                 alike.setdefault(int(step), []).append(p)
@@ -110,13 +110,18 @@ class AdamW8bit(torch.optim.Optimizer):
 
     def _step_coded(self, group: dict[str, Any], run: list[Part], step: int) -> None:
         """Move blocks [first, last) of each parameter, all in one call: a card is slow at many small ones."""
+        for p, _, _ in run:
+            if not p.is_contiguous():  # blocks are cut out of the flat tensor, and written into it
+                p.data = p.data.contiguous()
+        weights = [p.view(-1) for p, _, _ in run]
+        gradients = [p.grad.reshape(-1) for p, _, _ in run if p.grad is not None]
+        held = [self.state[p] for p, _, _ in run]
         if len(run) == 1:
-            ((p, first, last),) = run
-            states = [[self.state[p][slot][first:last].view(-1)] for slot in SLOTS]
+            ((_, first, last),) = run
+            weights, gradients = [[x[first * BLOCK : last * BLOCK] for x in flat] for flat in (weights, gradients)]
+            states = [[held[0][slot][first:last].view(-1)] for slot in SLOTS]
         else:  # no parameter of several is cut
-            states = [self._lying([p for p, _, _ in run], slot) for slot in SLOTS]
-        weights = [_cut(_contiguous(p), first, last) for p, first, last in run]
-        gradients = [_cut(p.grad, first, last) for p, first, last in run if p.grad is not None]
+            states = [_lying(held, slot) for slot in SLOTS]
         sizes = [(last - first) * BLOCK for _, first, last in run]
         moved, moments = adam8.adamw(
             _filled(weights, sizes),
@@ -132,16 +137,6 @@ class AdamW8bit(torch.optim.Optimizer):
         for views, values in zip(states, moments, strict=True):
             _write(views, values, [view.numel() for view in views])
 
-    def _lying(self, parameters: list[nn.Parameter], slot: str) -> list[Tensor]:
-        """Return a state of each parameter as flat views: one, unless some of them lie elsewhere."""
-        states = [self.state[p] for p in parameters]
-        views = stretches([state[slot] for state in states])
-        if len(views) > 1:
-            for state, value in zip(states, side_by_side([state[slot] for state in states]), strict=True):
-                state[slot] = value
-            views = stretches([state[slot] for state in states])
-        return views
-
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over `state_dict` with its dtypes: torch would cast the codes to the parameters' dtype."""
         super().load_state_dict(state_dict)
@@ -156,16 +151,16 @@ class AdamW8bit(torch.optim.Optimizer):
                 )
 
 
-def wholes(parameters: Iterable[nn.Parameter], limit: int) -> Iterator[list[nn.Parameter]]:
+def wholes(parameters: Iterable[nn.Parameter], limit: int) -> Iterator[list[Part]]:
     """Yield the parameters in lists of at most `limit` blocks together; a larger one is alone."""
-    whole: list[nn.Parameter] = []
+    whole: list[Part] = []
     room = limit
     for p in parameters:
-        blocks = _blocks(p)
+        blocks = -(-p.numel() // BLOCK)
         if whole and blocks > room:
             yield whole
             whole, room = [], limit
-        whole.append(p)
+        whole.append((p, 0, blocks))
         room -= blocks
     if whole:
         yield whole
@@ -174,9 +169,9 @@ def wholes(parameters: Iterable[nn.Parameter], limit: int) -> Iterator[list[nn.P
 def runs(parameters: Iterable[nn.Parameter], limit: int) -> Iterator[list[Part]]:
     """Yield the parameters' blocks in lists of at most `limit` together; a larger one is alone, and cut."""
     for whole in wholes(parameters, limit):
-        p, blocks = whole[0], _blocks(whole[0])
+        p, _, blocks = whole[0]
         if blocks <= limit:
-            yield [(p, 0, _blocks(p)) for p in whole]
+            yield whole
         else:
             yield from ([(p, first, min(first + limit, blocks))] for first in range(0, blocks, limit))
 
@@ -191,20 +186,14 @@ def step_bytes(parameters: Sequence[nn.Parameter]) -> int:
     return most
 
 
-def _blocks(p: Tensor) -> int:
-    return -(-p.numel() // BLOCK)
-
-
-def _contiguous(p: nn.Parameter) -> nn.Parameter:
-    if not p.is_contiguous():  # blocks are cut out of the flat tensor, and written into it
-        p.data = p.data.contiguous()
-    return p
-
-
-def _cut(x: Tensor, first: int, last: int) -> Tensor:
-    """Return blocks [first, last) of a tensor, flat; the last block of all may be short."""
-    flat = x.reshape(-1)
-    return flat if first == 0 and last * BLOCK >= flat.numel() else flat[first * BLOCK : last * BLOCK]
+def _lying(states: list[dict[str, Tensor]], slot: str) -> list[Tensor]:
+    """Return one of the states of each parameter as flat views: a single one, unless some lie elsewhere."""
+    views = stretches([state[slot] for state in states])
+    if len(views) > 1:
+        for state, value in zip(states, side_by_side([state[slot] for state in states]), strict=True):
+            state[slot] = value
+        views = stretches([state[slot] for state in states])
+    return views
 
 
 def _one(tensors: list[Tensor]) -> Tensor:
@@ -213,15 +202,18 @@ def _one(tensors: list[Tensor]) -> Tensor:
 
 def _filled(tensors: list[Tensor], sizes: list[int]) -> Tensor:
     """Return flat tensors as one in fp32, each filled up with zeros to its size."""
+    lengths = [tensor.numel() for tensor in tensors]
+    if lengths == sizes:
+        return _one(tensors).float()
     parts: list[Tensor] = []
-    for tensor, size in zip(tensors, sizes, strict=True):
-        parts.append(tensor)
-        if tensor.numel() < size:
-            parts.append(tensor.new_zeros(size - tensor.numel()))
+    for tensor, length, size in zip(tensors, lengths, sizes, strict=True):
+        parts += [tensor, tensor.new_zeros(size - length)] if length < size else [tensor]
     return _one(parts).float()
 
 
 def _write(tensors: list[Tensor], values: Tensor, sizes: list[int]) -> None:
     """Write values, of which each tensor has its size, into the tensors; what is beyond a tensor's end is dropped."""
-    parts = zip(tensors, values.split_with_sizes(sizes), strict=True)
-    torch._foreach_copy_(tensors, [x if x.numel() == t.numel() else x[: t.numel()] for t, x in parts])
+    parts, lengths = values.split_with_sizes(sizes), [tensor.numel() for tensor in tensors]
+    if lengths != sizes:
+        parts = [x[:length] if length < x.numel() else x for x, length in zip(parts, lengths, strict=True)]
+    torch._foreach_copy_(tensors, parts)

@@ -15,17 +15,17 @@ from torch import Tensor
 def stretches(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Return flat views that hold contiguous tensors of one dtype in their order, as few as memory allows."""
     found: list[Tensor] = []
-    first, size = tensors[0], 0
-    following, end = first.data_ptr(), _end(first)
+    first = tensors[0]
+    start = following = first.data_ptr()
+    end = _end(first)
     for tensor in tensors:
-        address = tensor.data_ptr()
+        address, size = tensor.data_ptr(), tensor.nbytes
         # Two storages may be neighbours, too, but no view reaches from one into the other.
-        if address != following or address + tensor.nbytes > end:
-            found.append(_stretch(first, size))
-            first, size, end = tensor, 0, _end(tensor)
-        size += tensor.numel()
-        following = address + tensor.nbytes
-    return [*found, _stretch(first, size)]
+        if address != following or address + size > end:
+            found.append(_stretch(first, following - start))
+            first, start, end = tensor, address, _end(tensor)
+        following = address + size
+    return [*found, _stretch(first, following - start)]
 
 
 def side_by_side(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -48,4 +48,5 @@ def _end(tensor: Tensor) -> int:
 
 
 def _stretch(first: Tensor, size: int) -> Tensor:
-    return first.view(-1) if size == first.numel() else first.as_strided((size,), (1,))
+    """Return `size` bytes of memory from a tensor's first on as a flat view."""
+    return first.view(-1) if size == first.nbytes else first.as_strided((size // first.itemsize,), (1,))
