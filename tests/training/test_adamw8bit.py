@@ -73,13 +73,16 @@ def test_what_is_moved_together_moves_as_if_alone(monkeypatch: pytest.MonkeyPatc
     assert all(torch.equal(p, q) for p, q in zip(together, cut, strict=True))
 
 
-def test_runs_hold_each_block_once_and_fill_up() -> None:
-    first, second = parameters([(256 * 5 + 1,), (256 * 4,)])
-    assert list(adamw8bit.runs([first, second], 4)) == [
-        [(first, 0, 4)],
-        [(first, 4, 6), (second, 0, 2)],
-        [(second, 2, 4)],
+def test_runs_hold_each_block_once_and_cut_only_what_is_larger() -> None:
+    large, first, second, third = parameters([(256 * 9 + 1,), (256 * 2 - 1,), (256 * 2,), (256 * 3,)])
+    assert list(adamw8bit.runs([large, first, second, third], 4)) == [
+        [(large, 0, 4)],
+        [(large, 4, 8)],
+        [(large, 8, 10)],
+        [(first, 0, 2), (second, 0, 2)],
+        [(third, 0, 3)],
     ]
+    assert list(adamw8bit.runs([], 4)) == []
 
 
 def test_a_parameter_without_a_gradient_stands_and_counts_its_own_steps() -> None:

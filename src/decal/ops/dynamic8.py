@@ -66,6 +66,12 @@ def _by_upper_half(device: torch.device, *, signed: bool) -> Tensor:
     return torch.bucketize(ends, _midpoints(torch.device("cpu"), signed=signed)).amin(0).to(device, torch.uint8)
 
 
+@cache
+def _followed(device: torch.device, *, signed: bool) -> Tensor:
+    """Return the midpoint between each code's value and the next one, infinity for the last (256,)."""
+    return F.pad(_midpoints(device, signed=signed), (0, 1), value=torch.inf)
+
+
 def nearest(x: Tensor, *, signed: bool = True) -> tuple[Tensor, Tensor]:
     """Return the nearest codes (n,) uint8, the lower of two equally near, and each block's absmax fp32 of x (n,).
 
@@ -77,7 +83,7 @@ def nearest(x: Tensor, *, signed: bool = True) -> tuple[Tensor, Tensor]:
     # torch.bucketize, ten times as fast: numbers of one upper half (7 bits of mantissa) lie closer together than the
     # map's values, so the second of at most two candidates is told from the first by the midpoint between them.
     codes = _by_upper_half(x.device, signed=signed).index_select(0, (unit.view(torch.int32) >> 16) & 0xFFFF)
-    above = F.pad(_midpoints(x.device, signed=signed), (0, 1), value=torch.inf).index_select(0, codes.int())
+    above = _followed(x.device, signed=signed).index_select(0, codes.int())
     return codes.add_(unit > above), absmax
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from decal.data.batch import IGNORE, Batch
 from decal.model.evaluating import evaluating
 from decal.model.lean import lean
-from decal.ops import adam8, fuse, select, workspace
+from decal.ops import fuse, select, workspace
 from decal.planning import empty
 from decal.planning.autocast import AsOnACard
 from decal.planning.deepen import Middle, deepened
@@ -37,8 +38,6 @@ from decal.training.precision import Precision
 FROZEN, EDGES, TRAINED, GRADIENTS = "frozen weights", "embeddings and head", "trained weights", "gradients"
 OPTIMIZER, ACTIVATIONS, LOGITS, WORKSPACE = "optimizer", "activations", "logits", "workspace"
 PARTS = (FROZEN, EDGES, TRAINED, GRADIENTS, OPTIMIZER, ACTIVATIONS, LOGITS, WORKSPACE)
-
-STEP_8BIT = 36  # bytes for each element of AdamW8bit's pieces: gradient, weight, both moments and the search of codes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,7 +136,8 @@ class _Run:
         for p in weights:
             p.grad = torch.empty_like(p)
         if isinstance(optimizer, AdamW8bit):
-            optimizer.make_states(weights)
+            for p in weights:  # one by one: tensors made together share a storage, and here some stand for others
+                optimizer.make_states([p])
         else:
             optimizer.step()
         for p, state in optimizer.state.items():
@@ -163,9 +163,18 @@ class _Run:
         norm = torch.nn.utils.get_total_norm([p.grad for p in weights])
         torch.nn.utils.clip_grads_with_norm_(weights, self.wanted.train.max_grad_norm, norm)
         if isinstance(optimizer, AdamW8bit):
-            _step_8bit(sum(p.numel() * (1 + self.depth.copies * (id(p) in self.middle)) for p in weights))
+            # It looks codes up, which nothing without values can do.
+            taken = [adamw8bit.step_bytes(self._of_all_layers(group["params"])) for group in optimizer.param_groups]
+            torch.empty(max(taken), dtype=torch.uint8)
         else:
             optimizer.step()
+
+    def _of_all_layers(self, weights: list[nn.Parameter]) -> list[nn.Parameter]:
+        """Return the weights that move, those of the middle as often as there are layers like it."""
+        found: list[nn.Parameter] = []
+        for middle, some in groupby((p for p in weights if p.grad is not None), key=lambda p: id(p) in self.middle):
+            found += list(some) * (1 + self.depth.copies * middle)
+        return found
 
     @contextmanager
     def _watched(self) -> Iterator[None]:
@@ -278,9 +287,3 @@ def _vocabulary(model: Any) -> int:
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     size: int = inner.config.get_text_config().vocab_size
     return size
-
-
-def _step_8bit(weights: int) -> None:
-    """Take what AdamW8bit's step takes for itself: it looks codes up, which nothing without values can do."""
-    elements = min(weights, adamw8bit.RUN * adam8.BLOCK)
-    torch.empty(STEP_8BIT * elements, dtype=torch.uint8)

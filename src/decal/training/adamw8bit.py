@@ -1,21 +1,29 @@
-"""AdamW with states of 8 bits (ops/adam8.py) as a torch optimizer."""
+"""AdamW with states of 8 bits (ops/adam8.py) as a torch optimizer.
+
+An adapter has hundreds of small tensors: a card moves them all in the time that the host takes for a few hundred calls.
+So the states of tensors that move together lie side by side in memory, and a step reads and writes one view of them.
+Where they do not (some have no gradient, or began later) they are gathered and written back, with equal results.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.optim.adamw import adamw
 
 from decal.ops import adam8
 from decal.ops.adam8 import BLOCK, Moments
+from decal.training.stretches import side_by_side, stretches
 
 SMALLEST = 4096  # elements: tensors below keep fp32 states, as in bitsandbytes
 RUN = 1 << 14  # blocks moved by one call: 2^22 elements, whose fp32 temporaries take some 0.1 GiB
+TOGETHER, ALONE = 34, 30  # bytes of them for each element: a tensor alone with whole blocks is not gathered first
 SLOTS = ("exp_avg", "exp_avg_absmax", "exp_avg_sq", "exp_avg_sq_absmax")  # in the order of Moments
+
+Part = tuple[nn.Parameter, int, int]  # blocks [first, last) of a parameter
 
 
 class AdamW8bit(torch.optim.Optimizer):
@@ -47,22 +55,40 @@ class AdamW8bit(torch.optim.Optimizer):
         for group in self.param_groups:
             moved = [p for p in group["params"] if p.grad is not None]
             self.make_states(moved)
-            self._step_wide(group, [p for p in moved if p.numel() < SMALLEST])
-            alike: dict[int, list[nn.Parameter]] = {}  # by their count of steps, which is all but always the same
-            for p in moved:
-                if p.numel() >= SMALLEST:
-                    self.state[p]["step"] += 1
-                    alike.setdefault(int(self.state[p]["step"]), []).append(p)
-            for step, parameters in alike.items():
+            small = [p for p in moved if p.numel() < SMALLEST]
+            if small:
+                self._step_wide(group, small)
+            for step, parameters in self._counted([p for p in moved if p.numel() >= SMALLEST]).items():
                 for run in runs(parameters, RUN):
                     self._step_coded(group, run, step)
         return loss
 
     def make_states(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Make the states of the parameters that have none yet."""
-        for p in parameters:
-            if not self.state[p]:
-                self.state[p].update(_wide(p) if p.numel() < SMALLEST else _coded(p))
+        """Make the states of the parameters that have none yet, those of one call side by side."""
+        new = [p for p in parameters if not self.state[p]]
+        small, coded = [p for p in new if p.numel() < SMALLEST], [p for p in new if p.numel() >= SMALLEST]
+        for p, step in zip([*coded, *small], torch.zeros(len(new)).unbind(), strict=True):
+            self.state[p]["step"] = step
+        for p in small:
+            self.state[p].update(exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+        for together in wholes(coded, RUN):
+            sizes = [blocks for _, _, blocks in together]
+            for slot in SLOTS:
+                scales = slot.endswith("absmax")
+                shape, dtype = ((), torch.float32) if scales else ((BLOCK,), torch.uint8)
+                flat = torch.zeros(sum(sizes), *shape, dtype=dtype, device=together[0][0].device)
+                for (p, _, _), rows in zip(together, flat.split_with_sizes(sizes), strict=True):
+                    self.state[p][slot] = rows
+
+    def _counted(self, parameters: list[nn.Parameter]) -> dict[int, list[nn.Parameter]]:
+        """Count one step of each parameter; return them by their counts, which are all but always the same."""
+        alike: dict[int, list[nn.Parameter]] = {}
+        if parameters:
+            steps = _lying([self.state[p] for p in parameters], "step")
+            torch._foreach_add_(steps, 1)
+            for p, step in zip(parameters, _one(steps).tolist(), strict=True):
+                alike.setdefault(int(step), []).append(p)
+        return alike
 
     def _step_wide(self, group: dict[str, Any], parameters: list[nn.Parameter]) -> None:
         states = [self.state[p] for p in parameters]
@@ -82,27 +108,34 @@ class AdamW8bit(torch.optim.Optimizer):
             maximize=False,
         )
 
-    def _step_coded(self, group: dict[str, Any], run: list[tuple[nn.Parameter, int, int]], step: int) -> None:
+    def _step_coded(self, group: dict[str, Any], run: list[Part], step: int) -> None:
         """Move blocks [first, last) of each parameter, all in one call: a card is slow at many small ones."""
+        for p, _, _ in run:
+            if not p.is_contiguous():  # blocks are cut out of the flat tensor, and written into it
+                p.data = p.data.contiguous()
+        weights = [p.view(-1) for p, _, _ in run]
+        gradients = [p.grad.reshape(-1) for p, _, _ in run if p.grad is not None]
+        held = [self.state[p] for p, _, _ in run]
+        if len(run) == 1:
+            ((_, first, last),) = run
+            weights, gradients = [[x[first * BLOCK : last * BLOCK] for x in flat] for flat in (weights, gradients)]
+            states = [[held[0][slot][first:last].view(-1)] for slot in SLOTS]
+        else:  # no parameter of several is cut
+            states = [_lying(held, slot) for slot in SLOTS]
+        sizes = [(last - first) * BLOCK for _, first, last in run]
         moved, moments = adam8.adamw(
-            torch.cat([_cut(p.detach(), first, last) for p, first, last in run]),
-            torch.cat([_cut(p.grad, first, last) for p, first, last in run if p.grad is not None]),
-            Moments(*(torch.cat([self.state[p][s][a:b].flatten() for p, a, b in run]) for s in SLOTS)),
+            _filled(weights, sizes),
+            _filled(gradients, sizes),
+            Moments(*(_one(views) for views in states)),
             step=step,
             lr=group["lr"],
             betas=group["betas"],
             eps=group["eps"],
             weight_decay=group["weight_decay"],
         )
-        sizes = [last - first for _, first, last in run]
-        rows = [moved.view(-1, BLOCK), moments.m.view(-1, BLOCK), moments.m_absmax]
-        rows += [moments.v.view(-1, BLOCK), moments.v_absmax]
-        split = zip(run, *(x.split_with_sizes(sizes) for x in rows), strict=True)
-        for (p, first, last), values, *states in split:
-            target = p.detach().view(-1)[first * BLOCK : last * BLOCK]
-            target.copy_(values.flatten()[: len(target)])
-            for slot, state in zip(SLOTS, states, strict=True):
-                self.state[p][slot][first:last] = state
+        _write(weights, moved, sizes)
+        for views, values in zip(states, moments, strict=True):
+            _write(views, values, [view.numel() for view in views])
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over `state_dict` with its dtypes: torch would cast the codes to the parameters' dtype."""
@@ -111,47 +144,76 @@ class AdamW8bit(torch.optim.Optimizer):
         parameters = [p for group in self.param_groups for p in group["params"]]
         for number, p in zip(numbers, parameters, strict=True):
             for slot, value in state_dict["state"].get(number, {}).items():
-                self.state[p][slot] = value.clone() if slot == "step" else value.to(p.device, copy=True)
+                self.state[p][slot] = (
+                    value.clone()
+                    if slot == "step"
+                    else value.to(p.device, copy=True, memory_format=torch.contiguous_format)
+                )
 
 
-def runs(parameters: Iterable[nn.Parameter], limit: int) -> Iterator[list[tuple[nn.Parameter, int, int]]]:
-    """Yield the parameters' blocks as (parameter, first, last) in lists of at most `limit` blocks together."""
-    run: list[tuple[nn.Parameter, int, int]] = []
+def wholes(parameters: Iterable[nn.Parameter], limit: int) -> Iterator[list[Part]]:
+    """Yield the parameters in lists of at most `limit` blocks together; a larger one is alone."""
+    whole: list[Part] = []
     room = limit
     for p in parameters:
-        first, blocks = 0, _blocks(p)
-        while first < blocks:
-            last = min(blocks, first + room)
-            run.append((p, first, last))
-            room -= last - first
-            first = last
-            if room == 0:
-                yield run
-                run, room = [], limit
-    if run:
-        yield run
+        blocks = -(-p.numel() // BLOCK)
+        if whole and blocks > room:
+            yield whole
+            whole, room = [], limit
+        whole.append((p, 0, blocks))
+        room -= blocks
+    if whole:
+        yield whole
 
 
-def _blocks(p: Tensor) -> int:
-    return -(-p.numel() // BLOCK)
-
-
-def _cut(x: Tensor, first: int, last: int) -> Tensor:
-    """Return blocks [first, last) of a tensor, flat, in fp32, the last block of all filled up with zeros."""
-    values = x.reshape(-1)[first * BLOCK : last * BLOCK].float()
-    return F.pad(values, (0, (last - first) * BLOCK - len(values)))
-
-
-def _wide(p: Tensor) -> dict[str, Tensor]:
-    return {"step": torch.zeros(()), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-
-
-def _coded(p: Tensor) -> dict[str, Tensor]:
-    p.data = p.data.contiguous()  # blocks are cut out of the flat tensor
-    state = {"step": torch.zeros(())}
-    for slot in SLOTS:
-        if slot.endswith("absmax"):
-            state[slot] = torch.zeros(_blocks(p), device=p.device)
+def runs(parameters: Iterable[nn.Parameter], limit: int) -> Iterator[list[Part]]:
+    """Yield the parameters' blocks in lists of at most `limit` together; a larger one is alone, and cut."""
+    for whole in wholes(parameters, limit):
+        p, _, blocks = whole[0]
+        if blocks <= limit:
+            yield whole
         else:
-            state[slot] = torch.zeros(_blocks(p), BLOCK, dtype=torch.uint8, device=p.device)
-    return state
+            yield from ([(p, first, min(first + limit, blocks))] for first in range(0, blocks, limit))
+
+
+def step_bytes(parameters: Sequence[nn.Parameter]) -> int:
+    """Return the most bytes that a step along fp32 gradients takes for itself, of what is moved in codes."""
+    most = 0
+    for run in runs([p for p in parameters if p.numel() >= SMALLEST], RUN):
+        blocks, (p, _, end) = sum(last - first for _, first, last in run), run[0]
+        gathered = len(run) > 1 or end * BLOCK > p.numel()
+        most = max(most, (TOGETHER if gathered else ALONE) * blocks * BLOCK)
+    return most
+
+
+def _lying(states: list[dict[str, Tensor]], slot: str) -> list[Tensor]:
+    """Return one of the states of each parameter as flat views: a single one, unless some lie elsewhere."""
+    views = stretches([state[slot] for state in states])
+    if len(views) > 1:
+        for state, value in zip(states, side_by_side([state[slot] for state in states]), strict=True):
+            state[slot] = value
+        views = stretches([state[slot] for state in states])
+    return views
+
+
+def _one(tensors: list[Tensor]) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+
+
+def _filled(tensors: list[Tensor], sizes: list[int]) -> Tensor:
+    """Return flat tensors as one in fp32, each filled up with zeros to its size."""
+    lengths = [tensor.numel() for tensor in tensors]
+    if lengths == sizes:
+        return _one(tensors).float()
+    parts: list[Tensor] = []
+    for tensor, length, size in zip(tensors, lengths, sizes, strict=True):
+        parts += [tensor, tensor.new_zeros(size - length)] if length < size else [tensor]
+    return _one(parts).float()
+
+
+def _write(tensors: list[Tensor], values: Tensor, sizes: list[int]) -> None:
+    """Write values, of which each tensor has its size, into the tensors; what is beyond a tensor's end is dropped."""
+    parts, lengths = values.split_with_sizes(sizes), [tensor.numel() for tensor in tensors]
+    if lengths != sizes:
+        parts = [x[:length] if length < x.numel() else x for x, length in zip(parts, lengths, strict=True)]
+    torch._foreach_copy_(tensors, parts)
