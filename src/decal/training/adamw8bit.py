@@ -213,7 +213,7 @@ def _filled(tensors: list[Tensor], sizes: list[int]) -> Tensor:
 
 def _write(tensors: list[Tensor], values: Tensor, sizes: list[int]) -> None:
     """Write values, of which each tensor has its size, into the tensors; what is beyond a tensor's end is dropped."""
-    parts, lengths = values.split_with_sizes(sizes), [tensor.numel() for tensor in tensors]
+    parts, lengths = list(values.split_with_sizes(sizes)), [tensor.numel() for tensor in tensors]
     if lengths != sizes:
         parts = [x[:length] if length < x.numel() else x for x, length in zip(parts, lengths, strict=True)]
     torch._foreach_copy_(tensors, parts)
