@@ -71,6 +71,21 @@ def test_a_wrong_kernel_is_named(codec: Codec, name: str) -> None:
     assert bad[0].fix.startswith("Reinstall numba")
 
 
+def test_8_bit_floats_are_off_by_their_rounding_alone() -> None:
+    """What a Hopper card is asked, asked of plain PyTorch."""
+    apart, allowed = kernels._floats8(torch.device("cpu"), Codec())
+    assert apart is not None
+    assert 0 < apart <= allowed
+
+    def crooked(*args: Any, **given: Any) -> Tensor:
+        out: Tensor = nf4.decode_plus(*args, **given)
+        return out.copy_(out.float().roll(1, 0))
+
+    apart, allowed = kernels._floats8(torch.device("cpu"), Codec(decode_plus=crooked))
+    assert apart is not None
+    assert apart > allowed
+
+
 def test_a_kernel_that_does_not_run_is_an_answer_not_a_crash() -> None:
     def broken(*_: Any, **__: Any) -> Tensor:
         raise RuntimeError("no kernel image is available\nfor this card")

@@ -115,6 +115,18 @@ def _merge_is_close(
         assert torch.equal(got, W.to(dtype))
 
 
+@pytest.mark.parametrize("turn", [False, True])
+@pytest.mark.parametrize(("out", "inputs"), [(70, 192), (256, 64), (40, 96)])  # with edges, without, blocks over rows
+def test_rows_or_columns_are_multiplied_and_turned_over(out: int, inputs: int, turn: bool) -> None:
+    packed, scales, W = _weight(out, inputs, 64, "nf4", double=True)
+    A, B = torch.randn(4, inputs, device=DEVICE), torch.randn(out, 4, device=DEVICE)
+    by = torch.rand((1, inputs) if turn else (out, 1), device=DEVICE)
+    got = torch.full((inputs, out) if turn else (out, inputs), torch.nan, device=DEVICE)
+    nf4_triton.decode_plus(packed, scales, A, B, 0.3, got.t() if turn else got, 64, "nf4", by)
+    exact = (W.double() + 0.3 * (B.double() @ A.double())) * by.double()
+    torch.testing.assert_close(got.t() if turn else got, exact.float(), rtol=1e-5, atol=1e-6)  # fp32, in another order
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("out", "inputs", "rank"), [(3, 64, 1), (70, 192, 16), (40, 96, 70)])
 def test_weight_and_change_are_summed_before_rounding(out: int, inputs: int, rank: int, dtype: torch.dtype) -> None:

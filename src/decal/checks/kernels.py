@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from decal.checks.result import Check, failed, not_applicable, passed
-from decal.ops import adam8, dynamic8, nf4, select
+from decal.ops import adam8, dynamic8, fp8, nf4, select
+from decal.training.precision import FP8_FROM
 
 SIZE = (48, 256)  # of the weight: whole blocks, and more than one tile of each kernel
 RANK = 4
@@ -38,6 +39,8 @@ def check(device: torch.device, codec: Codec | None = None) -> list[Check]:
     """Compare every kernel on `device` with its reference on small tensors."""
     under_test, kind = codec or Codec(), select.kind(device)
     found = [_safely(f"4-bit {name}", ask, device, under_test, kind) for name, ask in QUESTIONS.items()]
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= FP8_FROM:
+        found.append(_safely("8-bit floats", _floats8, device, under_test, kind))
     return [*found, _safely("8-bit AdamW", _adam, device, under_test, "reference")]
 
 
@@ -103,6 +106,18 @@ def _multiply(device: torch.device, codec: Codec) -> Answer:
     x = _weight(device)[:2].contiguous()
     y = codec.multiply(x, packed, nested, SIZE[0], block=64, kind="nf4")
     return None if y is None else _apart(y, (x.double() @ _decoded(device).double().T).float()), SUMS
+
+
+def _floats8(device: torch.device, codec: Codec) -> Answer:
+    """Rows, and codes with their change turned over, on scales of their own; both are off by their rounding alone."""
+    W, (packed, nested) = _weight(device), _coded(device)
+    A, B = W[:RANK], W[:, :RANK].contiguous()
+    exact = (_decoded(device) + 2.0 * (B.double() @ A.double()).float()).t()
+    scale = exact.abs().amax(1, keepdim=True) / fp8.LARGEST
+    out = torch.empty(exact.shape, dtype=fp8.FORMAT, device=device)
+    codec.decode_plus(packed, nested, A, B, 2.0, out.t(), block=64, kind="nf4", by=(1 / scale).t())
+    narrow, step = fp8.rows(W.bfloat16())
+    return max(_apart(out.float() * scale, exact), _apart(narrow.float() * step, W)), fp8.ROUNDING + SUMS
 
 
 def _adam(device: torch.device, codec: Codec) -> Answer:

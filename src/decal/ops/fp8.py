@@ -29,6 +29,7 @@ from decal.ops.select import NotCompiled
 FORMAT = torch.float8_e4m3fn
 LARGEST = rounding.BOUNDS[FORMAT]
 SMALLEST = torch.finfo(torch.float32).tiny * LARGEST  # what a row of zeros is divided by in its place
+ROUNDING = 2**-4  # of a number, at most: half of the last of 3 bits after the leading one
 ALIGNED = 16  # what inputs and outputs must be multiples of (cuBLAS)
 Narrow = tuple[Tensor, Tensor]  # numbers in FORMAT, (M, K); what each row is multiplied by, (M, 1) in fp32
 

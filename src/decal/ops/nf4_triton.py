@@ -347,7 +347,7 @@ def _decode_plus(
                 value = value * tl.load(by + row, mask=row < outputs, other=0.0)[:, None]
             else:
                 value = value * tl.load(by + column, mask=column < inputs, other=0.0)[None, :]
-        if BOUND:
+        if BOUND > 0:
             value = tl.where(value > BOUND, BOUND, tl.where(value < -BOUND, -BOUND, value))  # NaN stays
         at = out + row.to(tl.int64)[:, None] * down + column.to(tl.int64)[None, :] * along
         if WHOLE:
