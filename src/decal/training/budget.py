@@ -176,7 +176,7 @@ class Budget:
             self._choose(fill(room, layers=len(self.layers), kept=self._kept(), given=self._input()), forget)
         elif self.steps == WARM + SETTLED:
             room = (1 - SPARE) * self.limit - self.context - torch.cuda.memory_reserved(self.device)
-            if room < 0 or room >= self._kept():
+            if room < 0 or room >= self._input():
                 room += self.plan.keep * self._kept() + self.plan.inputs * self._input()
                 plan = fill(room, layers=len(self.layers), kept=self._kept(), given=self._input())
                 if plan != self.plan:
