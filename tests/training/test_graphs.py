@@ -103,6 +103,10 @@ def test_a_window_or_an_evaluation_is_not_run_directly() -> None:
             assert not runs_directly(body, 8)
         model.eval()
         assert not runs_directly(body, 8)
+        with torch.no_grad():
+            model(input_ids=models.tokens(1, 8), use_cache=False)
+        model.train()
+        assert runs_directly(body, 8)  # as before the evaluation
 
 
 def test_a_layer_that_cannot_tell_samples_apart_says_so() -> None:

@@ -59,7 +59,7 @@ class LeanBlock(nn.Module):
         offloads = getattr(original, "offloads_checkpoint", False)
         self.memory: Memory = ("offload" if offloads else "recompute") if original.gradient_checkpointing else "keep"
         self.fp8 = False
-        self.whole = False  # whether the last call was of one function
+        self.whole = False  # whether the last call in training was of one function
         self.activation = activation_of(original.mlp)
 
     @property
@@ -72,7 +72,8 @@ class LeanBlock(nn.Module):
         `segments` (ops/segments.py) may say in the place of a mask where packed samples begin.
         """
         block = self.block(hidden_states, given)
-        self.whole = block is not None
+        if self.training and torch.is_grad_enabled():
+            self.whole = block is not None
         if block is None:
             if given.pop("segments", None) is not None:
                 raise RunError(

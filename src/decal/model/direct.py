@@ -22,7 +22,7 @@ BODIES = {"LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model", "GemmaModel"
 def runs_directly(body: Any, longest: int) -> bool:
     """Return whether `run` gives what the body gives for samples of at most `longest` tokens, in training.
 
-    The layers' last pass says so: a first one has to go through the body.
+    The layers' last pass in training says so: a first one has to go through the body.
     """
     layers = getattr(body, "layers", None)
     if type(body).__name__ not in BODIES or not isinstance(layers, nn.ModuleList):

@@ -239,13 +239,12 @@ class Graphs:
             self._pool = self._pool or torch.cuda.graph_pool_handle()
             with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
                 loss = self._launched(model, inputs, total)
-        except torch.OutOfMemoryError:
-            raise
         except RuntimeError as error:
             self.forget()
             self._failed = True
             why = f"recording one failed: {str(error).splitlines()[0][:120]}"
-            if isinstance(error.__context__, torch.OutOfMemoryError):  # the end of a recording that broke off hides it
+            # The end of a recording that broke off may hide the reason.
+            if isinstance(error, torch.OutOfMemoryError) or isinstance(error.__context__, torch.OutOfMemoryError):
                 why = "there is no room to record one"
             self.say(f"steps run launch by launch, because {why}")
             return None
