@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from decal.ops import segments as ops
-from decal.ops.segments import EVERY, SHORTEST, Segments, attend, segments
+from decal.ops.segments import EVERY, SHORTEST, attend, segments
 
 HEADS, KV, WIDTH = 4, 2, 16
 SCALE = 0.25
@@ -24,12 +24,12 @@ def test_bounds_are_where_samples_begin() -> None:
     assert found.bounds[6:].unique().tolist() == [24]  # filled up with samples of no token
     assert len(found.bounds) == EVERY
     assert found.bounds.dtype == torch.int32  # what the kernels take
-    assert found.longest == SHORTEST
+    assert (found.longest, found.reach) == (8, SHORTEST)
 
 
 @pytest.mark.parametrize(("longest", "bucket"), [(1, 128), (128, 128), (129, 256), (2048, 2048), (2049, 4096)])
 def test_the_longest_sample_is_rounded_up(longest: int, bucket: int) -> None:
-    assert segments(positions([longest, 7])).longest == bucket
+    assert segments(positions([longest, 1])).reach == bucket
 
 
 def inputs() -> tuple[Tensor, Tensor, Tensor]:
@@ -71,8 +71,7 @@ def test_no_sample_sees_another() -> None:
 def test_on_a_card_flash_attention_is_the_masked_one(kv: int) -> None:
     make = torch.Generator().manual_seed(0)
     rows = ([300, 1, 723], [1024])
-    where = segments(positions(*rows))
-    where = Segments(where.bounds.cuda(), where.longest)
+    where = segments(positions(*rows)).to(torch.device("cuda"))
     shapes = [(2, heads, 1024, 64) for heads in (8, kv, kv)]
     q, k, v = (torch.randn(shape, generator=make).to("cuda", torch.bfloat16) for shape in shapes)
     assert ops._takes(q)

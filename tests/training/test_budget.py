@@ -117,7 +117,8 @@ class Card:
         }.items():
             monkeypatch.setattr(torch.cuda, name, answer)
 
-    def bound(self, fraction: float, device: torch.device) -> None:
+    def bound(self, fraction: float, device: int | None) -> None:
+        assert device is None  # torch takes no "cuda" without its number here
         self.fraction = fraction
 
     def used(self) -> float:

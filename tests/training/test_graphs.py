@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
 
 from decal import LoraConfig, get_peft_model
 from decal.data.batch import IGNORE, Batch
-from decal.errors import RunError
+from decal.errors import DataError, RunError
 from decal.model import direct
 from decal.model.direct import runs_directly
 from decal.model.lean import lean
 from decal.ops import fuse
 from decal.ops.loss import cross_entropy_of_rows
 from decal.ops.segments import segments
-from decal.training import graphs, head
+from decal.training import graphs, head, step
 from decal.training.losses import SFT
+from decal.training.precision import Precision
 from tests import models
 
 
@@ -51,7 +54,7 @@ def test_the_loss_of_fixed_shapes_is_the_loss(
         expected.backward()
         theirs = gradients(model)
         assert runs_directly(body, 128)
-        fixed = graphs.fixed(body, batch(learnt, packed=packed))
+        fixed = graphs.fixed(body, batch(learnt, packed=packed), models.VOCABULARY)
         assert fixed.inputs.shape == (2, 27)
         assert len(fixed.rows) == len(fixed.targets) == len(fixed.rows.unique())
         assert len(fixed.rows) % 16 == 0 or len(fixed.rows) == 54
@@ -65,11 +68,15 @@ def test_the_loss_of_fixed_shapes_is_the_loss(
         torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5 * float(other.abs().max()))
 
 
-def test_packed_rows_run_directly_after_a_first_pass() -> None:
+def test_packed_rows_run_directly_after_a_first_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     model = get_peft_model(models.make("llama", torch.float32), LoraConfig(r=4, target_modules="all-linear")).train()
-    body, _ = head.parts(model)
-    calls = []
-    body.register_forward_hook(lambda *_: calls.append(1))
+    calls, run = [], direct.run
+
+    def counted(*given: Any) -> torch.Tensor:
+        calls.append(1)
+        return run(*given)
+
+    monkeypatch.setattr(direct, "run", counted)
     with fuse.forced("plain"), lean(model):
         first, second = (SFT(chunked=True)(model, batch(9, packed=True))[0] for _ in range(2))
     assert calls == [1]
@@ -78,9 +85,9 @@ def test_packed_rows_run_directly_after_a_first_pass() -> None:
 
 def test_batches_with_about_as_many_tokens_share_a_shape() -> None:
     body, _ = head.parts(models.make("llama"))
-    keys = [graphs.fixed(body, batch(*shape)).key for shape in ((3, 2, 24), (9, 2, 41), (24, 2, 64))]
-    assert keys[0] == keys[1] == keys[2] == (2, 64, 128, 0, 64)  # filled up with all rows that there are
-    packed = [graphs.fixed(body, batch(3, length=length, packed=True)).key for length in (50, 64)]
+    keys = [graphs.fixed(body, batch(*shape), models.VOCABULARY).key for shape in ((3, 2, 24), (9, 2, 41), (24, 2, 64))]
+    assert keys[0] == keys[1] == keys[2] == (2, 64, 128, 0, 0)  # filled up with all rows that there are
+    packed = [graphs.fixed(body, batch(3, length=length, packed=True), models.VOCABULARY).key for length in (50, 64)]
     assert packed[0] == packed[1] == (2, 64, 128, 64, 128)
 
 
@@ -107,6 +114,99 @@ def test_a_window_or_an_evaluation_is_not_run_directly() -> None:
             model(input_ids=models.tokens(1, 8), use_cache=False)
         model.train()
         assert runs_directly(body, 8)  # as before the evaluation
+
+
+@pytest.mark.parametrize("why", ["attention", "hook"])
+def test_what_the_body_alone_would_do_is_left_to_it(why: str) -> None:
+    model = get_peft_model(models.make("llama", torch.float32), LoraConfig(target_modules="all-linear")).train()
+    body, _ = head.parts(model)
+    with fuse.forced("plain"), lean(model):
+        model(input_ids=models.tokens(1, 8), use_cache=False)
+        assert runs_directly(body, 8)
+        if why == "attention":
+            body.config._attn_implementation = "flex_attention"  # without a mask it is not causal
+        else:
+            body.register_forward_hook(lambda *_: None)
+        assert not runs_directly(body, 8)
+
+
+class Replayed:
+    """In the place of a recorded graph: it runs the passes of the batch that it was given."""
+
+    def __init__(self, owner: graphs.Graphs, model: nn.Module, inputs: graphs.Fixed, total: torch.Tensor) -> None:
+        self.given = owner, model, inputs, total
+        self.loss = torch.zeros(())
+
+    def replay(self) -> None:
+        owner, model, inputs, total = self.given
+        self.loss.copy_(owner._launched(model, inputs, total))
+
+
+class Played(graphs.Graphs):
+    """Recorded steps without a card, on which `room` says how many shapes can be recorded."""
+
+    room = 99
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+        super().__init__(Precision(name="fp32", device=torch.device("cpu")), self.said.append)
+        self.replays = 0
+
+    def _capture(self, model: nn.Module, inputs: graphs.Fixed, total: torch.Tensor) -> tuple[Any, torch.Tensor]:
+        if len(self._recorded) >= self.room:
+            raise torch.OutOfMemoryError
+        played = Replayed(self, model, inputs, total)
+        return played, played.loss
+
+
+def gradients_of(run: Any, groups: list[list[Batch]]) -> list[list[torch.Tensor]]:
+    model = get_peft_model(models.make("llama", torch.float32), LoraConfig(r=4, target_modules="all-linear")).train()
+    scaler, found = torch.amp.GradScaler("cpu", enabled=False), []
+    precision = Precision(name="fp32", device=torch.device("cpu"))
+    with fuse.forced("plain"), lean(model):
+        for group in groups:
+            mean = run(model, group, SFT(chunked=True), scaler, precision=precision)
+            found.append([mean.clone(), *gradients(model)])
+    return found
+
+
+def groups() -> list[list[Batch]]:
+    """Two shapes, alone and together, for as long as both are recorded and then replayed."""
+    long, short = batch(9, 2, 64), batch(5, 1, 30)
+    return [[long], [short], [long, short], [long, short], [short], [long], [short, long, short]]
+
+
+def played(owner: Played) -> Any:
+    return lambda model, batches, loss, scaler, precision: owner._backward(model, batches, loss, scaler)
+
+
+def test_launched_and_replayed_passes_add_to_one_gradient() -> None:
+    owner = Played()
+    got = gradients_of(played(owner), groups())
+    expected = gradients_of(step.backward, groups())
+    assert owner.said == []
+    assert len(owner._recorded) == 2
+    for mine, theirs in zip(got, expected, strict=True):
+        for one, other in zip(mine, theirs, strict=True):
+            # The same sums, in rows of other widths.
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5 * float(other.abs().max()))
+
+
+def test_a_recording_without_room_is_given_up_and_the_step_is_not() -> None:
+    owner = Played()
+    owner.room = 1
+    got = gradients_of(played(owner), groups())
+    assert owner.said == ["steps run launch by launch, because there is no room to record one"]
+    assert owner._recorded == {}
+    for mine, theirs in zip(got, gradients_of(step.backward, groups()), strict=True):
+        for one, other in zip(mine, theirs, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5 * float(other.abs().max()))
+
+
+def test_a_label_outside_the_vocabulary_is_an_error() -> None:
+    body, _ = head.parts(models.make("llama"))
+    with pytest.raises(DataError, match="outside the vocabulary of 7"):
+        graphs.fixed(body, batch(3), 7)
 
 
 def test_a_layer_that_cannot_tell_samples_apart_says_so() -> None:

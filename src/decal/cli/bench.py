@@ -87,8 +87,9 @@ def bench(
         return
     console.show(table(found))
     one = found[0]
+    product = "large 16-bit product" if one.precision == "fp8" else "large product"
     console.say(
-        f"\n{one.device}, {one.precision}: a large product runs at {operations(one.rate)}/s; "
+        f"\n{one.device}, {one.precision}: a {product} runs at {operations(one.rate)}/s; "
         f"a step of {counted(work.tokens, 'token')} needs {operations(one.flops)}",
         "dim",
     )

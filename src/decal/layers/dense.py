@@ -92,12 +92,13 @@ class DenseBase:
         return out.copy_(W).addmm_(B, A, alpha=s)
 
     def holding(self, W: Tensor) -> nn.Module:
-        self.weight.data.copy_(W)
+        self.restore(W)
         layer: nn.Module = self.layer
         return layer
 
     def restore(self, W: Tensor) -> None:
         self.weight.data.copy_(W)
+        self._largest = None
 
 
 class Conv1DBase(DenseBase):

@@ -68,6 +68,10 @@ class Shelf:
             self._fetch(below)
         return x
 
+    def forget(self) -> None:
+        """Wait for nothing that was put here: the passes that did so were broken off."""
+        self._leaving = self._last = None
+
     def _fetch(self, parked: Parked) -> None:
         assert self._stream is not None, "what is fetched was put there"
         assert parked.host is not None, "a tensor is taken once"

@@ -40,7 +40,7 @@ def rows(x: Tensor) -> Narrow:
         from decal.ops import fp8_triton
 
         with suppress(NotCompiled):
-            return select.tried("rows in 8 bits", partial(fp8_triton.rows, x))
+            return select.tried("rows in 8 bits", partial(fp8_triton.rows, x, LARGEST, SMALLEST))
     return _rows(x)
 
 

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from decal.ops.nf4_triton import on
 
-LARGEST = 448.0
-SMALLEST = torch.finfo(torch.float32).tiny * LARGEST
 
+def rows(x: Tensor, largest: float, smallest: float) -> tuple[Tensor, Tensor]:
+    """Return x (M, K) in e4m3 and the scale of each row (M, 1), whose largest number becomes `largest`.
 
-def rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return x (M, K) in e4m3 and the scale of each row (M, 1)."""
+    A row without a number over `smallest` counts as if it had one.
+    """
     count, width = x.shape
     out = torch.empty(count, width, dtype=torch.float8_e4m3fn, device=x.device)
     scale = torch.empty(count, 1, dtype=torch.float32, device=x.device)
@@ -25,7 +25,7 @@ def rows(x: Tensor) -> tuple[Tensor, Tensor]:
     with on(x.device):
         _rows[(count,)](
             x, out, scale, x.stride(0), width,
-            SIZE=size, LARGEST=LARGEST, SMALLEST=SMALLEST, num_warps=min(16, max(4, size // 1024)),
+            SIZE=size, LARGEST=largest, SMALLEST=smallest, num_warps=min(16, max(4, size // 1024)),
         )  # fmt: skip
     return out, scale
 

@@ -44,15 +44,20 @@ def chunked_cross_entropy(
     """
     rows = torch.nonzero(labels != ignore).flatten()
     targets = labels[rows]
-    if rows.numel() and (int(targets.min()) < 0 or int(targets.max()) >= weight.shape[0]):
-        bad = targets[(targets < 0) | (targets >= weight.shape[0])]
+    check_targets(targets, weight.shape[0])
+    rows, targets = rows.to(hidden.device), targets.to(hidden.device)
+    return cross_entropy_of_rows(hidden, weight, rows, targets, bias=bias, chunk=chunk), rows.numel()
+
+
+def check_targets(targets: Tensor, vocabulary: int) -> None:
+    """Raise DataError if a label is outside the vocabulary."""
+    bad = targets[(targets < 0) | (targets >= vocabulary)]
+    if len(bad):
         raise DataError(
-            f"a label lies outside the vocabulary of {weight.shape[0]}",
+            f"a label lies outside the vocabulary of {vocabulary}",
             got=int(bad[0]),
             fix="Use the tokenizer that belongs to this model, or resize its embeddings.",
         )
-    rows, targets = rows.to(hidden.device), targets.to(hidden.device)
-    return cross_entropy_of_rows(hidden, weight, rows, targets, bias=bias, chunk=chunk), rows.numel()
 
 
 def cross_entropy_of_rows(

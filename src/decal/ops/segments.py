@@ -26,20 +26,28 @@ WIDEST = 256  # head that FlashAttention takes
 class Segments:
     """Where samples begin in B·S tokens: `bounds` int32, the first 0, the last B·S (more than once, to fill up).
 
-    `longest` is a power of two that no sample is longer than.
+    `longest` is the length of the longest sample.
     """
 
     bounds: Tensor
     longest: int
+
+    @property
+    def reach(self) -> int:
+        """A power of two that no sample is longer than, which comes again where `longest` does not."""
+        return max(SHORTEST, 1 << (self.longest - 1).bit_length())
+
+    def to(self, device: torch.device) -> Segments:
+        """Return it with its bounds on `device`."""
+        return Segments(self.bounds.to(device), self.longest)
 
 
 def segments(position_ids: Tensor) -> Segments:
     """Return, on the host, where positions (B, S) start again at 0. Padding is a sample, too."""
     starts = (position_ids.flatten().cpu() == 0).nonzero().flatten()
     ends = pad(starts, (0, 1), value=position_ids.numel())
-    longest = max(SHORTEST, 1 << (int(ends.diff().max()) - 1).bit_length())
     bounds = pad(ends, (0, -len(ends) % EVERY), value=position_ids.numel())
-    return Segments(bounds.to(torch.int32), longest)
+    return Segments(bounds.to(torch.int32), int(ends.diff().max()))
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, where: Segments, scale: float) -> Tensor:
@@ -62,7 +70,7 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, where: Segments, scale: float) -> Te
     q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))
     attend: Any = varlen_attn  # another signature in each release
     grouped = {"enable_gqa": True} if "enable_gqa" in _arguments(attend) else {}  # torch 2.11 sees it in the shapes
-    bounds, longest = where.bounds, where.longest
+    bounds, longest = where.bounds, where.reach
     out: Tensor = attend(q, k, v, bounds, bounds, longest, longest, scale=scale, window_size=(-1, 0), **grouped)
     return out.view(rows, length, heads, width)
 

@@ -43,6 +43,11 @@ def fresh(shape: Sequence[int], like: Tensor) -> Tensor:
     return torch.empty(size + SPARE // like.element_size(), dtype=like.dtype)[:size].view(*shape)
 
 
+def held() -> tuple[Tensor, ...]:
+    """Return the buffers that there are, for whoever will read their addresses again: a larger one replaces them."""
+    return tuple(_BUFFERS.values())
+
+
 def release() -> None:
     """Give the buffers back (after training, or between measurements of memory)."""
     _BUFFERS.clear()

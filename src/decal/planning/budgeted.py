@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from decal.errors import ConfigError
 from decal.planning import fit, memory
 from decal.planning.memory import Known
-from decal.planning.shapes import ACTIVATIONS, EDGES
+from decal.planning.shapes import ACTIVATIONS
 from decal.planning.sizes import told
 from decal.planning.wanted import Wanted
 
@@ -23,9 +24,15 @@ def least(asked: Wanted, known: Known) -> tuple[memory.Forecast, int]:
     again = replace(asked, train=asked.train.model_copy(update={"gradient_checkpointing": True}))
     found = memory.forecast(again, known)
     training = found.phase("training")
-    tied = known.model(again).config.get_text_config().tie_word_embeddings
-    on_host = training.parts[ACTIVATIONS] + (0 if tied else training.parts[EDGES] // 2)
-    return found, int(found.needed_at(training.peak - on_host))
+    return found, int(found.needed_at(training.peak - training.parts[ACTIVATIONS] - _table(known.model(again))))
+
+
+def _table(model: Any) -> int:
+    """Return the bytes of an embedding's table that may lie in host memory."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    table, head = inner.get_input_embeddings().weight, inner.get_output_embeddings()
+    may = not table.requires_grad and getattr(head, "weight", None) is not table
+    return table.numel() * table.element_size() if may else 0
 
 
 def refuse_too_small(asked: Wanted, limit: int) -> None:

@@ -16,6 +16,7 @@ from decal.checks import preflight, rows
 from decal.checks.result import require
 from decal.data.batches import Batches, InOrder
 from decal.data.ledger import Ledger
+from decal.errors import DecalError
 from decal.evaluate import coded_head
 from decal.evaluate.coded_head import HeadInCodes
 from decal.evaluate.loss import evaluate
@@ -103,7 +104,12 @@ def look_ahead(
     if config.train.check:
         grader.foresee(config, numbers, batches, held_out)
     if config.train.memory is not None and numbers.device.type == "cuda":
-        budgeted.refuse_too_small(wanted_of(config, numbers, batches, held_out), budget.parse(config.train.memory))
+        try:
+            budgeted.refuse_too_small(wanted_of(config, numbers, batches, held_out), budget.parse(config.train.memory))
+        except DecalError:
+            raise
+        except Exception as error:  # a forecast that cannot be made stops no run
+            grader.notes.append(f"whether the budget can be met is not known ({type(error).__name__}: {error})")
 
 
 def train(

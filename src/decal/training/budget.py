@@ -23,6 +23,7 @@ from decal.errors import ConfigError, RunError
 from decal.layers.block import LeanBlock
 from decal.ops.loss import CHUNK
 from decal.spec import RunConfig
+from decal.training.graphs import width_of
 from decal.training.losses import Loss
 from decal.training.precision import Precision
 from decal.training.step import Backward
@@ -90,8 +91,9 @@ def wants_embedding_on_host(model: nn.Module, config: RunConfig, device: torch.d
 
 
 def tokens_of(config: RunConfig) -> int:
-    """Return the tokens of the largest micro-batch."""
-    return config.train.micro_batch * config.data.max_length
+    """Return the tokens of the largest micro-batch, as wide as its rows are filled up to."""
+    length = config.data.max_length
+    return config.train.micro_batch * (width_of(length) if config.train.cuda_graphs else length)
 
 
 @contextmanager

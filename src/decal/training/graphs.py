@@ -2,16 +2,17 @@
 
 A small step costs the host more time than the card: thousands of launches. A graph replays them at once, with the very
 same kernels in the same order. The first two batches of a shape run launch by launch (kernels are compiled then), the
-third is recorded and from then on replayed. Rows are filled up to widths that come again, as are the bounds of packed
-samples and the rows of the loss. A shape beyond MOST runs launch by launch, and so does everything if a recording
-fails, or if recordings leave too little memory for a step of another shape.
+third is recorded and from then on replayed; a run's very first batch goes through the model's own forward pass and
+counts for none. Rows are filled up to widths that come again, as are the bounds of packed samples and the rows of the
+loss. A shape beyond MOST runs launch by launch, and so does everything if a recording fails, or if recordings leave too
+little memory for a step of another shape.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,10 +21,11 @@ from torch.nn.functional import pad
 
 from decal.data.batch import IGNORE, Batch
 from decal.model import direct
-from decal.ops.loss import cross_entropy_of_rows
+from decal.ops import workspace
+from decal.ops.loss import check_targets, cross_entropy_of_rows
 from decal.ops.segments import Segments, segments
 from decal.training import head, step
-from decal.training.losses import SFT, Loss, shifted
+from decal.training.losses import SFT, Loss, longest, shifted
 from decal.training.precision import Precision
 
 BEFORE = 2  # batches of a shape that run launch by launch
@@ -32,10 +34,10 @@ FILL = 512  # rows of the loss come in multiples of it, with some of no loss
 STEP = 64  # tokens; widths of rows come in multiples of it, longer ones of a sixteenth of the next power of two
 
 
-def width_of(longest: int) -> int:
-    """Return the width that rows of `longest` tokens are filled up to: at most an eighth, or STEP, more."""
-    step = max(STEP, (1 << (longest - 1).bit_length()) // 16)
-    return -(-longest // step) * step
+def width_of(width: int) -> int:
+    """Return what rows of `width` tokens are filled up to: at most an eighth, or STEP, more."""
+    step = max(STEP, (1 << (width - 1).bit_length()) // 16)
+    return -(-width // step) * step
 
 
 def widened(batch: Batch) -> Batch:
@@ -55,51 +57,47 @@ class Fixed:
     inputs: Tensor  # token ids, or their embeddings
     rows: Tensor  # of the loss
     targets: Tensor
-    places: Tensor | None  # of packed rows, with `bounds`
-    bounds: Tensor | None
-    longest: int  # no sample is longer
+    places: Tensor | None  # of packed rows, with `where` their samples begin
+    where: Segments | None
 
     @property
     def key(self) -> tuple[int, ...]:
-        bounds = 0 if self.bounds is None else len(self.bounds)
-        return (*self.inputs.shape, len(self.rows), bounds, self.longest)
+        packed = (0, 0) if self.where is None else (len(self.where.bounds), self.where.reach)
+        return (*self.inputs.shape, len(self.rows), *packed)
 
-    @property
-    def where(self) -> Segments | None:
-        return None if self.bounds is None else Segments(self.bounds, self.longest)
-
-    def _tensors(self) -> dict[str, Tensor]:
-        named = {"inputs": self.inputs, "rows": self.rows, "targets": self.targets}
-        packed = {"places": self.places, "bounds": self.bounds}
-        return named | {name: x for name, x in packed.items() if x is not None}
+    def _tensors(self) -> list[Tensor]:
+        packed = [] if self.places is None or self.where is None else [self.places, self.where.bounds]
+        return [self.inputs, self.rows, self.targets, *packed]
 
     def to(self, device: torch.device) -> Fixed:
         """Return it on the device."""
-        moved: dict[str, Any] = {name: x.to(device, non_blocking=True) for name, x in self._tensors().items()}
-        return replace(self, **moved)
+        inputs, rows, targets, *packed = (x.to(device, non_blocking=True) for x in self._tensors())
+        places, where = self.places, self.where
+        if where is not None:
+            places, where = packed[0], Segments(packed[1], where.longest)
+        return Fixed(inputs=inputs, rows=rows, targets=targets, places=places, where=where)
 
     def write(self, other: Fixed) -> None:
         """Take the values of another of the same key."""
-        given = other._tensors()
-        for name, tensor in self._tensors().items():
-            tensor.copy_(given[name], non_blocking=True)
+        for mine, theirs in zip(self._tensors(), other._tensors(), strict=True):
+            mine.copy_(theirs, non_blocking=True)
 
 
-def fixed(body: nn.Module, batch: Batch) -> Fixed:
-    """Return the batch in such a shape, on the host."""
+def fixed(body: nn.Module, batch: Batch, vocabulary: int) -> Fixed:
+    """Return the batch in such a shape, on the host. Raises DataError for a label outside the vocabulary."""
     batch = widened(batch)
     labels = shifted(batch.labels)
     live = labels != IGNORE
     rows, spare = live.nonzero().flatten(), (~live).nonzero().flatten()
     spare = spare[: -len(rows) % FILL]
+    check_targets(labels[rows], vocabulary)
     where = None if batch.position_ids is None else segments(batch.position_ids)
     return Fixed(
         inputs=direct.embedded(body, batch.input_ids),
         rows=torch.cat((rows, spare)),
         targets=torch.cat((labels[rows], torch.full_like(spare, -1))),
         places=batch.position_ids,
-        bounds=None if where is None else where.bounds,
-        longest=batch.input_ids.shape[1] if where is None else where.longest,
+        where=where,
     )
 
 
@@ -109,6 +107,7 @@ class _Recorded:
     inputs: Fixed
     total: Tensor
     loss: Tensor
+    buffers: tuple[Tensor, ...]  # whose addresses it knows
 
 
 class Graphs:
@@ -172,14 +171,14 @@ class Graphs:
     def _backward(self, model: nn.Module, batches: Sequence[Batch], loss: Loss, scaler: torch.amp.GradScaler) -> Tensor:
         if not self._may_record(model, batches, loss, scaler):
             return step.backward(model, batches, loss, scaler, precision=self.precision)
-        device, (body, _) = self.precision.device, head.parts(model)
+        device, (body, linear) = self.precision.device, head.parts(model)
         total = torch.tensor(float(sum(loss.count(batch) for batch in batches)), device=device)
         mean = torch.zeros((), device=device)
         if self._gradients:
             self._lay_out()
         for batch in batches:
             if loss.count(batch) > 0:
-                mean += self._one(model, fixed(body, batch), total)
+                mean += self._one(model, fixed(body, batch, linear.out_features), total)
         return mean
 
     def _lay_out(self) -> None:
@@ -195,9 +194,8 @@ class Graphs:
             return False
         body, linear = head.parts(model)
         bias: Tensor | None = linear.bias
-        longest = max(batch.input_ids.shape[1] for batch in batches)
         dropout = any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules())
-        return bias is None and not dropout and direct.runs_directly(body, width_of(longest))
+        return bias is None and not dropout and direct.runs_directly(body, max(map(longest, batches)))
 
     def _one(self, model: nn.Module, batch: Fixed, total: Tensor) -> Tensor:
         """Add the gradient of one micro-batch, and return its share of the loss."""
@@ -234,19 +232,25 @@ class Graphs:
             self._gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._moved]
             for weight, gradient in zip(self._moved, self._gradients, strict=True):
                 weight.grad = gradient
-        inputs, total, graph = batch.to(total.device), total.clone(), torch.cuda.CUDAGraph()
+        inputs, total = batch.to(total.device), total.clone()
         try:
-            self._pool = self._pool or torch.cuda.graph_pool_handle()
-            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
-                loss = self._launched(model, inputs, total)
+            graph, loss = self._capture(model, inputs, total)
         except RuntimeError as error:
             self.forget()
+            direct.forget(head.parts(model)[0])
             self._failed = True
-            why = f"recording one failed: {str(error).splitlines()[0][:120]}"
+            why = "there is no room to record one"
             # The end of a recording that broke off may hide the reason.
-            if isinstance(error, torch.OutOfMemoryError) or isinstance(error.__context__, torch.OutOfMemoryError):
-                why = "there is no room to record one"
+            if not any(isinstance(e, torch.OutOfMemoryError) for e in (error, error.__context__)):
+                why = f"recording one failed: {(str(error).splitlines() or [type(error).__name__])[0][:120]}"
             self.say(f"steps run launch by launch, because {why}")
             return None
-        self._recorded[batch.key] = _Recorded(graph, inputs, total, loss)
+        self._recorded[batch.key] = _Recorded(graph, inputs, total, loss, workspace.held())
         return self._recorded[batch.key]
+
+    def _capture(self, model: nn.Module, inputs: Fixed, total: Tensor) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+        graph = torch.cuda.CUDAGraph()
+        self._pool = self._pool or torch.cuda.graph_pool_handle()
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+            loss = self._launched(model, inputs, total)
+        return graph, loss

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from decal.data.batch import IGNORE, Batch
 from decal.model import direct
 from decal.ops.loss import chunked_cross_entropy
-from decal.ops.segments import Segments, segments
+from decal.ops.segments import segments
 from decal.training import head
 
 Note = Callable[[str], None]
@@ -55,15 +55,18 @@ class SFT:
 
 def hidden_states(body: nn.Module, batch: Batch, device: torch.device) -> Tensor:
     """Return the last hidden states (B, T, D), by the quicker way where there is one (model/direct.py)."""
-    places = batch.position_ids
-    where = None if places is None else segments(places)
-    if not direct.runs_directly(body, batch.input_ids.shape[1] if where is None else where.longest):
+    if not direct.runs_directly(body, longest(batch)):
         out: Tensor = body(**_inputs(batch, device)).last_hidden_state
         return out
-    inputs = direct.embedded(body, batch.input_ids).to(device)
-    if places is None or where is None:
+    inputs, places = direct.embedded(body, batch.input_ids).to(device), batch.position_ids
+    if places is None:
         return direct.run(body, inputs, None, None)
-    return direct.run(body, inputs, places.to(device), Segments(where.bounds.to(device), where.longest))
+    return direct.run(body, inputs, places.to(device), segments(places).to(device))
+
+
+def longest(batch: Batch) -> int:
+    """Return the tokens of the longest sample; where rows are no packed ones, of a row."""
+    return batch.input_ids.shape[1] if batch.position_ids is None else segments(batch.position_ids).longest
 
 
 def _inputs(batch: Batch, device: torch.device) -> dict[str, Any]:
