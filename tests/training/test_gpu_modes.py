@@ -142,13 +142,14 @@ def twenty(
 
 @pytest.mark.parametrize("memory", MODES)
 def test_replayed_steps_are_the_launched_ones(memory: Memory) -> None:
-    groups = [[batch(2, 256), batch(2, 100)], [batch(2, 250), batch(1, 256)]]
+    # The last rows are so many that queries, keys and values are merged in one larger buffer.
+    groups = [[batch(2, 256), batch(2, 100)], [batch(2, 250), batch(1, 256)], [batch(1, 1100)]]
     math = SDPBackend.MATH  # the quick ones sum in no fixed order
     # Regions are compiled for one shape, then for any: from the second time on they stay the same.
     twenty("nf4", memory, 10**6, groups, attention=math)
     launched, expected, none = twenty("nf4", memory, 10**6, groups, attention=math)
     replayed, got, recorded = twenty("nf4", memory, 2, groups, attention=math)
-    assert (none, recorded) == (0, 3)
+    assert (none, recorded) == (0, 4)
     assert replayed == launched
     assert all(torch.equal(g, e) for g, e in zip(got, expected, strict=True))
     assert launched[-1] < launched[0]
