@@ -1,9 +1,9 @@
 """500 steps of decal's ways to run a layer beside transformers' own, on real text: the loss must follow the same curve.
 
-On a CPU with the very functions that a card compiles (`fuse.forced("plain")`), bf16 autocast, 8-bit floats in PyTorch's
-own arithmetic; on a card (`--device cuda`) with its kernels. LoRA r=8 on all linear layers, AdamW, one batch of text
-after the other, the same ones for all. Printed are the means of the first and the last 50 steps, and how far from the
-reference the curve (means of 50 steps) is at most.
+On a CPU with the very functions that a card compiles (`fuse.forced("plain")`), in fp32 (bf16 is some 20 times slower
+there), 8-bit floats in PyTorch's own arithmetic; on a card (`--device cuda`) in bf16 with its kernels. LoRA r=8 on all
+linear layers, AdamW, one batch of text after the other, the same ones for all. Printed are the means of the first and
+the last 50 steps, and how far from the reference the curve (means of 50 steps) is at most.
 
     python benchmarks/curves.py --text FILE
 """
@@ -59,15 +59,17 @@ def batches(text: str, steps: int, *, packed: bool) -> list[Batch]:
 
 def curve(text: str, device: torch.device, steps: int, way: dict[str, Any]) -> torch.Tensor:
     """Return the losses of the steps."""
-    base = AutoModelForCausalLM.from_pretrained(MODEL_DIR, dtype=torch.bfloat16).to(device)
+    narrow = device.type == "cuda"
+    dtype = torch.bfloat16 if narrow else torch.float32
+    base = AutoModelForCausalLM.from_pretrained(MODEL_DIR, dtype=dtype).to(device)
     config = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
     model = PeftModel(base, config, generator=torch.Generator().manual_seed(0)).train()
     if way.get("recompute"):
         model.gradient_checkpointing_enable()
-    numbers = Precision(name="bf16", device=device, fp8=way.get("fp8", False))
+    numbers = Precision(name="bf16" if narrow else "fp32", device=device, fp8=way.get("fp8", False))
     optimizer = optim.build(model, TrainConfig(lr=1e-3))
     general = way.get("general", False)
-    here = fuse.forced("off") if general else fuse.forced("plain") if device.type == "cpu" else nullcontext()
+    here = fuse.forced("off") if general else nullcontext() if narrow else fuse.forced("plain")
     losses = []
     with ExitStack() as stack:
         stack.enter_context(here)
