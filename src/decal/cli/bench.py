@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from decal.cli import console
+from decal.cli.train import Precision
 from decal.words import counted
 
 if TYPE_CHECKING:
@@ -32,16 +33,6 @@ class Quantize(str, Enum):
     int8 = "int8"
 
 
-class Numbers(str, Enum):
-    """What products are computed in."""
-
-    auto = "auto"
-    fp32 = "fp32"
-    bf16 = "bf16"
-    fp16 = "fp16"
-    fp8 = "fp8"
-
-
 def bench(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A folder or a hub id; only its config is read.")],
     rows: Annotated[int, typer.Option(help="Rows in a step.", min=1)] = 1,
@@ -49,7 +40,7 @@ def bench(
     rank: Annotated[int, typer.Option(help="LoRA rank, on all linear layers.", min=1)] = 16,
     quantize: Annotated[Quantize | None, typer.Option(help="Store the frozen base in 4 or 8 bits.")] = None,
     recompute: Annotated[bool, typer.Option("--recompute", help="Compute layers again in backward.")] = False,
-    precision: Annotated[Numbers, typer.Option(help="What is computed in, as train.precision.")] = Numbers.auto,
+    precision: Annotated[Precision, typer.Option(help="What is computed in, as in training.")] = Precision.auto,
     steps: Annotated[int, typer.Option(help="Steps to take the median of, after 4 of warm-up.", min=1)] = 6,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1.")] = "auto",
     peers: Annotated[

@@ -33,6 +33,16 @@ class Optimizer(str, Enum):
     paged_adamw8bit = "paged_adamw8bit"
 
 
+class Precision(str, Enum):
+    """What products are computed in."""
+
+    auto = "auto"
+    fp32 = "fp32"
+    bf16 = "bf16"
+    fp16 = "fp16"
+    fp8 = "fp8"
+
+
 def train(
     words: Annotated[
         list[str] | None,
@@ -65,6 +75,9 @@ def train(
     eval_data: Annotated[str | None, typer.Option(help="Rows to measure on, from elsewhere.")] = None,
     quantize: Annotated[
         str | None, typer.Option(help="Store the frozen base in 4 or 8 bits: nf4, fp4, int8 (default: as it is).")
+    ] = None,
+    precision: Annotated[
+        Precision | None, typer.Option(help="auto, fp32, bf16, fp16; fp8 on Hopper and later (default: auto).")
     ] = None,
     memory: Annotated[
         str | None, typer.Option(help="A card's memory to spend and not to exceed, such as 8GiB (default: all).")
@@ -100,6 +113,7 @@ def train(
             "data.eval_rows": eval_rows,
             "data.eval_path": eval_data,
             "quantize": quantize,
+            "train.precision": None if precision is None else precision.value,
             "train.memory": memory,
             "train.seed": seed,
             "train.device": device,
