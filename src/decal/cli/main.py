@@ -85,7 +85,8 @@ for command, summary in COMMANDS.items():
 def main(words: Sequence[str] | None = None) -> None:
     """Run the command line and leave Python with its exit code: 2 for what the user can mend, 130 after Ctrl-C."""
     # Read by torch when it is imported: without it a card's memory breaks into pieces that a step cannot use.
-    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    if "PYTORCH_ALLOC_CONF" not in os.environ:  # the same variable by its newer name
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     given = list(sys.argv[1:] if words is None else words)
     debug = "--debug" in given or os.environ.get("DECAL_DEBUG", "0") not in ("", "0")
     given = [word for word in given if word != "--debug"]
