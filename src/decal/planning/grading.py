@@ -13,6 +13,7 @@ import torch
 from decal.data.batches import Batches, InOrder
 from decal.errors import DecalError
 from decal.ops import nf4
+from decal.ops.dropout import Drop
 from decal.planning import cards, fit, memory, rss, time, wanted
 from decal.planning.memory import Forecast
 from decal.planning.sizes import told
@@ -42,6 +43,7 @@ class Grader:
     def foresee(self, config: RunConfig, numbers: Precision, batches: Batches, held_out: InOrder | None) -> None:
         """Make the forecast. Nothing that decides a run's result is touched: no generator, no global setting."""
         began = clock.perf_counter()
+        warm(config, numbers)
         self._device, self._before = numbers.device, rss.resident()
         try:
             # Within a budget of memory what layers keep is decided when training has begun: nothing to foresee.
@@ -52,7 +54,6 @@ class Grader:
         except Exception as error:
             logging.getLogger("decal").debug("no forecast", exc_info=True)
             self.notes.append(f"no forecast of memory and time could be made ({type(error).__name__}: {error})")
-        warm(config, numbers)
         self._took = clock.perf_counter() - began
 
     def _foresee(self, asked: Wanted) -> None:
@@ -124,7 +125,9 @@ def wanted_of(config: RunConfig, numbers: Precision, batches: Batches, held_out:
 
 
 def warm(config: RunConfig, numbers: Precision) -> None:
-    """Load the kernels of a quantised base, whose compiler is no part of the run's tensors."""
+    """Load the kernels of a quantised base and of dropout, whose compiler is no part of the run's tensors."""
+    if numbers.device.type == "cpu" and config.train.method == "lora" and config.lora.lora_dropout > 0:
+        Drop(0.5, 0)(torch.ones(1))
     formats = set() if config.quantize is None else {config.quantize.format, config.quantize.head}
     if formats & {"nf4", "fp4"} and numbers.device.type == "cpu":
         packed, absmax = nf4.quantize(torch.ones(64))
