@@ -115,6 +115,16 @@ def _merge_is_close(
         assert torch.equal(got, W.to(dtype))
 
 
+@pytest.mark.parametrize(("out", "inputs"), [(70, 192), (40, 96)])  # in the second blocks reach over rows
+def test_a_sum_in_fp64(out: int, inputs: int) -> None:
+    packed, scales, W = _weight(out, inputs, 64, "nf4", double=True)
+    A, B = torch.randn(4, inputs, device=DEVICE), torch.randn(out, 4, device=DEVICE)
+    got = torch.full((out, inputs), torch.nan, dtype=torch.float64, device=DEVICE)
+    nf4_triton.decode_plus(packed, scales, A, B, 0.3, got, 64, "nf4")
+    exact = W.double() + 0.3 * (B.double() @ A.double())
+    torch.testing.assert_close(got, exact, rtol=1e-5, atol=1e-6)  # the kernel sums in fp32
+
+
 @pytest.mark.parametrize("turn", [False, True])
 @pytest.mark.parametrize(("out", "inputs"), [(70, 192), (256, 64), (40, 96)])  # with edges, without, blocks over rows
 def test_rows_or_columns_are_multiplied_and_turned_over(out: int, inputs: int, turn: bool) -> None:

@@ -25,10 +25,10 @@ def runs_directly(body: Any, longest: int) -> bool:
     The layers' last pass in training says so: a first one has to go through the body.
     """
     layers = getattr(body, "layers", None)
-    if body._forward_hooks or body._forward_pre_hooks or body.config._attn_implementation != "sdpa":
-        return False  # whoever hooked in would not be called; other attentions are not causal without a mask
     if type(body).__name__ not in BODIES or not isinstance(layers, nn.ModuleList):
         return False
+    if body._forward_hooks or body._forward_pre_hooks or body.config._attn_implementation != "sdpa":
+        return False  # whoever hooked in would not be called; other attentions are not causal without a mask
     if longest > (getattr(body.config, "sliding_window", None) or longest) or not torch.is_grad_enabled():
         return False
     return all(isinstance(layer, LeanBlock) and layer.training and layer.whole for layer in layers)

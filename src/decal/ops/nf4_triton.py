@@ -86,7 +86,7 @@ def decode_plus(
     if inputs % block:  # a block that spans two rows
         wide = rounding.room(out, by)
         _decode_into(packed, scales, wide.view(-1), block, kind)
-        rounding.into(out, wide.addmm_(B.float(), A.float(), alpha=s), by)
+        rounding.into(out, wide.addmm_(B.to(wide.dtype), A.to(wide.dtype), alpha=s), by)
         return
     rank = len(A)
     OUT, IN, REPEAT = 64, 64, 4
@@ -98,7 +98,7 @@ def decode_plus(
             A.contiguous(), B.contiguous(), float(s), by, out, *out.stride(), rank, inputs, outputs,
             OUT=OUT, IN=IN, RANK=RANK, REPEAT=REPEAT, SINGLE=rank <= RANK, BLOCK=block,
             NESTED=isinstance(scales, nf4.Nested), WHOLE=whole, PRECISION=PRECISIONS.get(out.dtype, "ieee"),
-            BOUND=rounding.BOUNDS.get(out.dtype, 0.0), BY_ROW=by is not None and len(by) == outputs,
+            BOUND=rounding.BOUNDS.get(out.dtype, 0.0), BY_ROW=by is not None and by.shape[1] == 1,
             num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
 

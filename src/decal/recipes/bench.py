@@ -26,11 +26,11 @@ from decal.spec import LoraConfig, QuantConfig, TaskType, TrainConfig
 from decal.training import losses, optim, precision
 from decal.training.graphs import Graphs
 from decal.training.losses import Loss
+from decal.training.paged import Paged
 from decal.training.precision import Precision
 from decal.training.step import backward, take_step
 
 WARM_UP = 4  # steps: allocator, autotuning, the first fp32 moments; on a card the fourth is recorded
-RECORDED = ("adamw", "adamw8bit")  # paged states watch every backward pass
 RESET = 2  # steps after which the peak of memory is counted: what is replayed allocates as it is recorded
 SQUARE = {"cuda": 8192, "cpu": 2048}  # of the products that the machine's own rate is measured with
 
@@ -108,7 +108,8 @@ def bench(work: Work) -> Bench:
     batch = batch_of(work, vocabulary=model.get_base_model().config.vocab_size)  # type: ignore[union-attr, arg-type]
     scaler = numbers.scaler()
 
-    run = Graphs(numbers, say=lambda text: None).backward if work.optimizer in RECORDED else backward
+    paged = isinstance(optimizer, Paged)  # its states watch every backward pass, as in training
+    run = backward if paged else Graphs(numbers, say=lambda text: None).backward
 
     def step() -> tuple[float, float]:
         result = take_step(model, [batch], loss, optimizer, scaler, precision=numbers, limit=math.inf, run=run)
