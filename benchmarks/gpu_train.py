@@ -241,19 +241,26 @@ def model_flops(case: dict[str, Any]) -> float:
 
 
 def kernel_times(step: Any) -> dict[str, float]:
-    """Return the milliseconds of one step's 30 longest kernels by name."""
+    """Return the milliseconds of one step's kernels, from the first one to the last, and of the 30 longest."""
+    from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CUDA]) as found:
         step()
     events = sorted(found.key_averages(), key=lambda e: -e.self_device_time_total)
-    total = {"all kernels": round(sum(e.self_device_time_total for e in events) / 1e3, 2)}
+    spans = [e.time_range for e in found.events() if e.device_type == DeviceType.CUDA]
+    total = {
+        "all kernels": round(sum(e.self_device_time_total for e in events) / 1e3, 2),
+        "from the first to the last": round((max(s.end for s in spans) - min(s.start for s in spans)) / 1e3, 2),
+    }
     return total | {f"{e.key[:110]} x{e.count}": round(e.self_device_time_total / 1e3, 2) for e in events[:KERNELS]}
 
 
 def measure_all(cases: list[dict[str, Any]], steps: int, profile: bool) -> None:
     """Build the base that the cases share and print a JSON line for each; a case that fails says why and is left."""
     import torch
+
+    from decal.ops import workspace
 
     device = torch.device("cuda")
     base = build(*base_of(cases[0]), device)
@@ -267,6 +274,7 @@ def measure_all(cases: list[dict[str, Any]], steps: int, profile: bool) -> None:
             gc.collect()
             torch.cuda.empty_cache()
             base = build(*base_of(case), device)
+        workspace.release()
         gc.collect()
         torch.cuda.empty_cache()
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor
 
+from decal.layers import block
 from decal.layers.nf4_linear import NF4Linear
 from decal.model import quantized
 from decal.ops import fp8
 from decal.ops.fp8 import Group8, Narrow
-from decal.ops.products import Group, Product
+from decal.ops.products import Factors, Group, Product
 from decal.training.precision import resolve
 
 RANK = 4
@@ -50,9 +53,6 @@ def test_the_sums_are_those_of_the_rounded_numbers() -> None:
     expected = wide(x) @ wide(W).T
     # Sums in fp32, the result in bf16: half of the last of 7 bits.
     torch.testing.assert_close(fp8.times(x, W, torch.bfloat16).double(), expected, rtol=2**-8, atol=1e-4)
-    out = torch.empty(7, 100, dtype=torch.bfloat16)[:, :48]
-    assert fp8.times(x, W, torch.bfloat16, out) is out
-    torch.testing.assert_close(out.double(), expected, rtol=2**-8, atol=1e-4)
 
 
 @pytest.mark.gpu  # Triton's interpreter rounds to 8 bits wrongly where a carry reaches the exponent
@@ -77,22 +77,29 @@ def test_codes_become_8_bits_with_their_change(device: str, turn: bool) -> None:
     layer = quantized.fill(layer, *layer.encode(W, "W"), "W").to(device)
     exact = layer.decode(torch.empty(96, 128, device=device)).double() + 2 * B.double() @ A.double()
     rows, columns = layer.largest()
-    scale, by = fp8.scales(columns, A.t(), B.t(), 2.0) if turn else fp8.scales(rows, B, A, 2.0)
+    scale, by = fp8.scales(fp8.bound(columns, A.t(), B.t(), 2.0) if turn else fp8.bound(rows, B, A, 2.0))
     out = torch.empty((128, 96) if turn else (96, 128), dtype=fp8.FORMAT, device=device)
     layer.decode_plus(A, B, 2.0, out.t() if turn else out, by.t() if turn else by)
     got, exact = out.double() * scale.double(), exact.t() if turn else exact
-    # Half of the last of 3 bits, and where the numbers are so small that steps are even, half a step; a thousandth for
-    # factors rounded to tf32 on a card.
-    assert bool(((got - exact).abs() <= exact.abs() * (2**-4 + 1e-3) + scale.double() * 2**-9).all())
+    # Half of the last of 3 bits, and where the numbers are so small that steps are even, half a step. A card cuts both
+    # factors to tf32, 2^-10 of each at most: 2^-9 of what is summed, before it is rounded (by at most 2^-4 again).
+    cut = 2 * (B.abs().double() @ A.abs().double()) * 2**-9 * (device == "cuda")
+    off = (cut.t() if turn else cut) * (1 + 2**-4)
+    assert bool(((got - exact).abs() <= exact.abs() * 2**-4 + scale.double() * 2**-9 * (1 + 1e-6) + off).all())
     # Nothing is cut off: the bound is that of rows rounded to 16 bits, half of the last of 8 bits below.
     assert bool((exact.abs().amax(1) <= scale.double().flatten() * 448 * (1 + 2**-8)).all())
 
 
 def product(W: Tensor, *, stored: bool, bias: Tensor | None = None) -> Product:
-    def write(out: Tensor, A: Tensor | None, B: Tensor | None) -> None:
-        out.copy_(W.float() if A is None or B is None else W.float() + 2.0 * B.float() @ A.float())
+    """As decal makes it of a dense layer, or a weight that is decoded."""
 
-    return Product(W.shape[1], W.shape[0], 2.0, bias, W if stored else None, write)
+    def write(out: Tensor, factors: Factors, by: Tensor | None = None) -> None:
+        exact = W.float() if factors is None else W.float() + 2.0 * factors[1].float() @ factors[0].float()
+        out.copy_(exact if by is None else exact * by)
+
+    way = partial(block._copy, W, 2.0) if stored else write
+    largest = W.abs().amax(1).float(), W.abs().amax(0).float()
+    return Product(W.shape[1], W.shape[0], 2.0, bias, W if stored else None, way, lambda: largest)
 
 
 def relative(found: Tensor, expected: Tensor) -> float:
@@ -108,31 +115,29 @@ def test_forward_and_the_gradient_of_the_input_follow_the_formula(stored: bool, 
         (random(RANK, 64, seed=1, size=0.1), random(len(W), RANK, seed=2, size=0.1)) if adapted else None for W in Ws
     ]
     products = (product(Ws[0], stored=stored, bias=bias), product(Ws[1], stored=stored))
-    x, dys = random(24, 64, seed=3).bfloat16(), [random(24, len(W), seed=4).bfloat16() for W in Ws]
+    x, dy = random(24, 64, seed=3).bfloat16(), random(24, 80, seed=4).bfloat16()
     merged = [
         W.double() + (0 if pair is None else 2 * pair[1].double() @ pair[0].double())
         for W, pair in zip(Ws, factors, strict=True)
     ]
-    whole = torch.empty(24, 80, dtype=torch.bfloat16)
-    outs = list(torch.split(whole, [48, 32], 1))
-    group = Group8(products, True)
-    group.forward(x, factors, outs, whole)
+    group = Group8(products, merged=True, stacked=True)
+    y = group.forward(x, factors)
     expected = torch.cat([x.double() @ merged[0].T + bias.double(), x.double() @ merged[1].T], 1)
     # Two operands, each off by 2.6% at random: 3.7% of the product; a tenth more for these few numbers.
-    assert relative(whole, expected) < 0.041
-    dx = group.input_gradient(dys, factors, group.project(dys, factors))
-    assert relative(dx, dys[0].double() @ merged[0] + dys[1].double() @ merged[1]) < 0.041
-    assert group.added(x, factors, whole) is None
+    assert relative(y, expected) < 0.041
+    dx = group.input_gradient(dy, factors, group.project(dy, factors))
+    assert relative(dx, dy.double() @ torch.cat(merged)) < 0.041
+    assert group.added(x, factors, y) is None
 
 
 def test_the_factors_gradients_stay_exact() -> None:
     W = random(48, 64, seed=0).bfloat16()
     factors = [(random(RANK, 64, seed=1), random(48, RANK, seed=2))]
-    x, dys = random(24, 64, seed=3).bfloat16(), [random(24, 48, seed=4).bfloat16()]
+    x, dy = random(24, 64, seed=3).bfloat16(), random(24, 48, seed=4).bfloat16()
     found = []
     for kind in (Group, Group8):
-        group = kind((product(W, stored=True),), True)
-        ((dA, dB),) = group.factor_gradients(dys, x, factors, group.project(dys, factors))  # type: ignore[misc]
+        group = kind((product(W, stored=True),), merged=True, stacked=False)
+        ((dA, dB),) = group.factor_gradients(dy, x, factors, group.project(dy, factors))  # type: ignore[misc]
         found.append((dA, dB))
     assert torch.equal(found[0][0], found[1][0])
     assert torch.equal(found[0][1], found[1][1])
@@ -144,10 +149,8 @@ def test_a_young_adapter_is_not_rounded_away(stored: bool) -> None:
     W = random(512, 512, seed=0)  # what 4 bits decode to lies between the numbers of bf16
     A, B = random(RANK, 512, seed=1), random(512, RANK, seed=2, size=2.5e-4)
     x = random(512, 512, seed=3).bfloat16()
-    with_it, without = (torch.empty(512, 512, dtype=torch.bfloat16) for _ in range(2))
-    group = Group8((product(W.bfloat16() if stored else W, stored=stored),), True)
-    group.forward(x, [(A, B)], [with_it])
-    group.forward(x, [None], [without])
+    group = Group8((product(W.bfloat16() if stored else W, stored=stored),), merged=True, stacked=True)
+    with_it, without = group.forward(x, [(A, B)]), group.forward(x, [None])
     change = 2 * x.double() @ (B.double() @ A.double()).T
     share = float(((with_it.double() - without.double()) * change).sum() / change.square().sum())
     # The rounding's noise is 8.6 times what is looked for; its mean over 262,144 results was off by up to 0.044 for six

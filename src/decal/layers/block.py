@@ -20,11 +20,11 @@ from decal.layers.lean import ACTIVATIONS, NORMS, activation_of
 from decal.layers.lora import LinearLoRA
 from decal.layers.seams import Base
 from decal.layers.shelf import Shelf
-from decal.ops import fuse, segments, select
+from decal.ops import fuse, segments, select, workspace
 from decal.ops.block import Block, Memory, Norm, layer
 from decal.ops.dropout import Drop
-from decal.ops.fp8 import ALIGNED, Group8
-from decal.ops.products import Group, Product
+from decal.ops.fp8 import ALIGNED, Group8, rounded_, rounded_sum_
+from decal.ops.products import Factors, Group, Product
 
 # The families of transformers whose decoder layers compute what ops/block.py does, with RoPE over whole heads.
 FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3", "Gemma", "Gemma3", "Phi3")
@@ -185,8 +185,9 @@ class LeanBlock(nn.Module):
         groups, first = [], 0
         for linears in self.groups():
             part = slice(first, first + len(linears))
-            products = tuple(found[part])
-            groups.append(Group8(products, True) if self.fp8 else Group(products, all(merged[part])))
+            make = Group8 if self.fp8 else Group
+            # Queries, keys and values are narrow; gate and up would need the largest buffer of all, for nothing.
+            groups.append(make(tuple(found[part]), self.fp8 or all(merged[part]), stacked=part.start == 0))
             first = part.stop
         return groups
 
@@ -291,18 +292,9 @@ def _product(linear: nn.Module, dtype: torch.dtype) -> Product | None:
     inputs, outputs = base.in_features, base.out_features
     if isinstance(base, CodedBase):
         coded = base.layer
-        return Product(
-            inputs,
-            outputs,
-            scale,
-            base.bias,
-            None,
-            partial(_decode, coded, scale),
-            largest=coded.largest,
-            write8=partial(_decode8, coded, scale),
-        )
+        return Product(inputs, outputs, scale, base.bias, None, partial(_decode, coded, scale), coded.largest)
     W = base.weight.detach()
-    return Product(inputs, outputs, scale, base.bias, W, partial(_copy, W, scale), largest=base.largest)
+    return Product(inputs, outputs, scale, base.bias, W, partial(_copy, W, scale), base.largest)
 
 
 def _base(linear: nn.Module) -> CodedBase | DenseBase | None:
@@ -323,18 +315,25 @@ def _merges(linear: nn.Module, rows: int, x: Tensor) -> bool:
     return rows >= least and isinstance(linear, CodedLinear)
 
 
-def _decode(coded: CodedLinear, scale: float, out: Tensor, A: Tensor | None, B: Tensor | None) -> None:
-    if A is None or B is None:
+def _decode(coded: CodedLinear, scale: float, out: Tensor, factors: Factors, by: Tensor | None = None) -> None:
+    if factors is not None:
+        A, B = factors
+        coded.decode_plus(A.detach(), B.detach(), scale, out, by)
+    elif by is None:
         coded.decode(out)
     else:
-        coded.decode_plus(A.detach(), B.detach(), scale, out)
+        rounded_(out, coded.decode(workspace.buffer(tuple(out.shape), coded.dtype, out.device)), by)
 
 
-def _decode8(coded: CodedLinear, scale: float, out: Tensor, A: Tensor, B: Tensor, by: Tensor) -> None:
-    coded.decode_plus(A.detach(), B.detach(), scale, out, by)
-
-
-def _copy(W: Tensor, scale: float, out: Tensor, A: Tensor | None, B: Tensor | None) -> None:
-    out.copy_(W)
-    if A is not None and B is not None:
-        out.addmm_(B.detach().to(out.dtype), A.detach().to(out.dtype), alpha=scale)
+def _copy(W: Tensor, scale: float, out: Tensor, factors: Factors, by: Tensor | None = None) -> None:
+    if by is None:
+        out.copy_(W)
+        if factors is not None:
+            A, B = (factor.detach().to(out.dtype) for factor in factors)
+            out.addmm_(B, A, alpha=scale)
+    elif factors is not None:
+        A, B = (factor.detach().bfloat16() for factor in factors)
+        change = torch.mm(B, A, out=workspace.buffer(tuple(W.shape), torch.bfloat16, W.device))
+        rounded_sum_(out, W, change, scale, by)
+    else:
+        rounded_(out, W, by)

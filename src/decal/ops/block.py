@@ -61,7 +61,7 @@ class Norm:
 
 @dataclass(frozen=True)
 class Block:
-    """A layer's frozen parts, and where its x goes. Of `qkv` and `gate_up` the products may be one, side by side."""
+    """A layer's frozen parts, and where its x goes."""
 
     qkv: Group
     o: Group
@@ -77,28 +77,15 @@ class Block:
     memory: Memory
     shelf: Shelf
 
-    @property
-    def columns(self) -> list[int]:
-        """The widths of all queries, all keys and all values of a row."""
-        query, kv = self.heads
-        return [query * self.width, kv * self.width, kv * self.width]
+    def gated(self, gate_up: Tensor) -> Tensor:
+        """Return the MLP's product of gate and up, side by side."""
+        gate, up = gate_up.chunk(2, 1)
+        return regions.gated(gate, up, self.activation)
 
-    def apart(self, whole_NO: Tensor) -> list[Tensor]:
-        """Return the columns of each product of `qkv`."""
-        return list(torch.split(whole_NO, self.columns, 1)) if len(self.qkv.products) > 1 else [whole_NO]
-
-    def gated(self, parts: Sequence[Tensor]) -> Tensor:
-        """Return the MLP's product of what `gate_up` gave."""
-        if len(parts) == 1:
-            return regions.gated_halves(parts[0], self.activation)
-        return regions.gated(parts[0], parts[1], self.activation)
-
-    def gated_backward_(self, dh: Tensor, parts: Sequence[Tensor]) -> None:
-        """Write the MLP's product over dh, and the gradients of `parts` over these."""
-        if len(parts) == 1:
-            regions.gated_halves_backward_(dh, parts[0], self.activation)
-        else:
-            regions.gated_backward_(dh, parts[0], parts[1], self.activation)
+    def gated_backward_(self, dh: Tensor, gate_up: Tensor) -> None:
+        """Write the MLP's product over dh, and the gradients of gate and up over these."""
+        gate, up = gate_up.chunk(2, 1)
+        regions.gated_backward_(dh, gate, up, self.activation)
 
     @property
     def groups(self) -> tuple[Group, ...]:
@@ -116,7 +103,7 @@ class _State:
     o: Tensor  # with the graph of attention, from q, k and v
     a: Tensor | None  # attention's result, where it is normed
     x2: Tensor
-    gate_up: tuple[Tensor, ...]
+    gate_up: Tensor
     m: Tensor | None = None  # the MLP's result, where it is normed and kept
 
     def drop(self, *names: str) -> None:
@@ -135,9 +122,9 @@ class _Layer(torch.autograd.Function):
             if block.after is None:
                 y = block.down.added(h, factors[3], state.x2)
                 if y is None:
-                    y = _alone(block.down, h, factors[3]).add_(state.x2)
+                    y = block.down.forward(h, factors[3]).add_(state.x2)
             else:
-                state.m = _alone(block.down, h, factors[3])
+                state.m = block.down.forward(h, factors[3])
                 y = block.after[1].plus(state.m, state.x2)
         ctx.block, ctx.state, ctx.shape = block, state if block.memory == "keep" else None, x.shape
         ctx.parked = block.shelf.put(x) if block.memory == "offload" else None
@@ -177,19 +164,12 @@ def _by_group(block: Block, flat: Sequence[Tensor | None]) -> list[list[Factors]
     return found
 
 
-def _alone(group: Group, x_ND: Tensor, factors: Sequence[Factors]) -> Tensor:
-    out = x_ND.new_empty(len(x_ND), group.products[0].outputs)
-    group.forward(x_ND, factors, [out])
-    return out
-
-
 def _run(block: Block, x: Tensor, cos: Tensor, sin: Tensor, factors: list[list[Factors]], *, graph: bool) -> _State:
     """Run the layer up to gate and up; with `graph` attention can be differentiated."""
     x_ND = x.reshape(-1, x.shape[-1])
     query, kv = block.heads
     n = block.before[0](x_ND)
-    raw = n.new_empty(len(n), (query + 2 * kv) * block.width)
-    block.qkv.forward(n, factors[0], block.apart(raw), raw)
+    raw = block.qkv.forward(n, factors[0])
     del n
     before = None
     if block.of_heads is not None:
@@ -203,9 +183,7 @@ def _run(block: Block, x: Tensor, cos: Tensor, sin: Tensor, factors: list[list[F
         o = block.attend(q, k, v)
     o_ND = o.detach().reshape(len(x_ND), -1)
     a, x2, n = _after_attention(block, o_ND, x_ND, factors[1])
-    gate_up = tuple(n.new_empty(len(n), product.outputs) for product in block.gate_up.products)
-    block.gate_up.forward(n, factors[2], gate_up)
-    return _State(before, q, k, v, o, a, x2, gate_up)
+    return _State(before, q, k, v, o, a, x2, block.gate_up.forward(n, factors[2]))
 
 
 def _after_attention(
@@ -213,12 +191,12 @@ def _after_attention(
 ) -> tuple[Tensor | None, Tensor, Tensor]:
     """Return attention's result where it is normed, the sum with x, and what the MLP reads."""
     if block.after is not None:
-        a = _alone(block.o, o_ND, factors)
+        a = block.o.forward(o_ND, factors)
         x2 = block.after[0].plus(a, x_ND)
         return a, x2, block.before[1](x2)
     total = block.o.added(o_ND, factors, x_ND)
     if total is None:
-        return None, *block.before[1].of_sum(_alone(block.o, o_ND, factors), x_ND)
+        return None, *block.before[1].of_sum(block.o.forward(o_ND, factors), x_ND)
     return None, total, block.before[1](total)
 
 
@@ -245,26 +223,25 @@ def _backward(
     o_ND = state.o.detach().reshape(len(x_ND), -1)
     da = dx2 if block.after is None or state.a is None else block.after[0].backward(dx2, state.a)
     state.drop("a")
-    projected = block.o.project([da], factors[1])
-    do = block.o.input_gradient([da], factors[1], projected)
-    of_o = block.o.factor_gradients([da], o_ND, factors[1], projected)
+    projected = block.o.project(da, factors[1])
+    do = block.o.input_gradient(da, factors[1], projected)
+    of_o = block.o.factor_gradients(da, o_ND, factors[1], projected)
     del o_ND, da
     dq, dk, dv = torch.autograd.grad(state.o, (state.q, state.k, state.v), do.view(state.o.shape))
     state.drop("o", "q", "k", "v")
-    whole = regions.rotate_backward(dq, dk, dv, cos, sin).view(len(x_ND), -1)
+    dqkv = regions.rotate_backward(dq, dk, dv, cos, sin).view(len(x_ND), -1)
     del dq, dk, dv, do
     if block.of_heads is not None and state.raw is not None:
-        whole = _before_head_norms(block, whole, state.raw)
+        dqkv = _before_head_norms(block, dqkv, state.raw)
         state.drop("raw")
-    dqkv = block.apart(whole)
     projected = block.qkv.project(dqkv, factors[0])
     n = block.before[0](x_ND)
     of_qkv = block.qkv.factor_gradients(dqkv, n, factors[0], projected)
     del n
     dx = None
     if wanted:
-        dn = block.qkv.input_gradient(dqkv, factors[0], projected, whole)
-        del whole, dqkv
+        dn = block.qkv.input_gradient(dqkv, factors[0], projected)
+        del dqkv
         dx = block.before[0].backward_plus(dn, x_ND, dx2).view(x.shape)
     return dx, [part for pair in (*of_qkv, *of_o, *of_mlp) for part in (pair or (None, None))]
 
@@ -282,18 +259,18 @@ def _mlp_backward(
     block: Block, dy_ND: Tensor, factors: list[list[Factors]], state: _State
 ) -> tuple[Tensor, list[Factors]]:
     """Return the gradient of x2 and those of the factors of gate, up and down; uses up what it reads."""
-    gate_up, x2, m = list(state.gate_up), state.x2, state.m
+    gate_up, x2, m = state.gate_up, state.x2, state.m
     state.drop("gate_up", "x2", "m")
     dm = dy_ND
     if block.after is not None:
         if m is None:
-            m = _alone(block.down, block.gated(gate_up), factors[3])
+            m = block.down.forward(block.gated(gate_up), factors[3])
         dm = block.after[1].backward(dy_ND, m)
         del m
-    projected = block.down.project([dm], factors[3])
-    dh = block.down.input_gradient([dm], factors[3], projected)
+    projected = block.down.project(dm, factors[3])
+    dh = block.down.input_gradient(dm, factors[3], projected)
     block.gated_backward_(dh, gate_up)  # dh is the MLP's product from here on, and gate_up its gradients
-    of_down = block.down.factor_gradients([dm], dh, factors[3], projected)
+    of_down = block.down.factor_gradients(dm, dh, factors[3], projected)
     del dh, dm
     projected = block.gate_up.project(gate_up, factors[2])
     n = block.before[1](x2)

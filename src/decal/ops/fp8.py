@@ -13,6 +13,7 @@ the change.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from decal.ops import rounding, select, workspace
+from decal.ops import rounding, select
 from decal.ops.fuse import region
 from decal.ops.products import Factors, Group, Product, Projected
 from decal.ops.select import NotCompiled
@@ -52,118 +53,72 @@ def _rows(x: Tensor) -> Narrow:
 
 
 @region
-def scales(largest: Tensor, own: Tensor, other: Tensor, s: float) -> tuple[Tensor, Tensor]:
-    """Return the scale of each row (M, 1) of W + s·own·other, (M, r) and (r, K), and what to multiply the row by.
+def bound(largest: Tensor, own: Tensor, other: Tensor, s: float) -> Tensor:
+    """Return what no number in a row (M,) of W + s·own·other, (M, r) and (r, K), is above; `largest` (M,) bounds W's.
 
-    `largest` (M,) bounds |W|. Rows may be columns: then `own` is Aᵀ and `other` Bᵀ.
+    Rows may be columns: then `own` is Aᵀ and `other` Bᵀ.
     """
-    change = (own.float().abs() * other.float().abs().amax(1)).sum(1)
-    scale = (largest + abs(s) * change).clamp(min=SMALLEST)[:, None] / LARGEST
+    return largest + abs(s) * (own.float().abs() * other.float().abs().amax(1)).sum(1)
+
+
+@region
+def scales(top: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the scale of rows whose numbers are at most `top` (M,), and what to multiply them by; both (M, 1)."""
+    scale = top.float().clamp(min=SMALLEST)[:, None] / LARGEST
     return scale, 1 / scale
 
 
 @region
-def rounded(W: Tensor, by: Tensor) -> Tensor:
-    """Return W (O, D), times `by` (O, 1), in 8 bits."""
-    return (W.float() * by).clamp(-LARGEST, LARGEST).to(FORMAT)
+def rounded_(out: Tensor, W: Tensor, by: Tensor) -> None:
+    """Write W (O, D), times `by` (O, 1) or (1, D), into `out` (O, D) in 8 bits."""
+    out.copy_((W.float() * by).clamp(-LARGEST, LARGEST).to(FORMAT))
 
 
 @region
-def rounded_sum(W: Tensor, change: Tensor, s: float, by: Tensor) -> Tensor:
-    """Return W + s·change (O, D), times `by` (O, 1), in 8 bits."""
-    return ((W.float() + s * change.float()) * by).clamp(-LARGEST, LARGEST).to(FORMAT)
+def rounded_sum_(out: Tensor, W: Tensor, change: Tensor, s: float, by: Tensor) -> None:
+    """Write W + s·change, times `by`, into `out` in 8 bits, as above."""
+    out.copy_(((W.float() + s * change.float()) * by).clamp(-LARGEST, LARGEST).to(FORMAT))
 
 
-@region
-def turned(W: Tensor, by: Tensor) -> Tensor:
-    """Return the transpose (D, O) of W (O, D), times `by` (D, 1), in 8 bits."""
-    return (W.float().t() * by).clamp(-LARGEST, LARGEST).to(FORMAT).contiguous()
-
-
-@region
-def turned_sum(W: Tensor, change: Tensor, s: float, by: Tensor) -> Tensor:
-    """Return the transpose (D, O) of W + s·change, times `by` (D, 1), in 8 bits."""
-    return ((W.float() + s * change.float()).t() * by).clamp(-LARGEST, LARGEST).to(FORMAT).contiguous()
-
-
-def times(x: Narrow, W: Narrow, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+def times(x: Narrow, W: Narrow, dtype: torch.dtype) -> Tensor:
     """Return x Wᵀ, (N, O), for x (N, D) and W (O, D)."""
     # The quick sum: on Hopper's cards partial sums are kept in 22 bits, far finer than what is summed.
-    run = partial(
-        torch._scaled_mm,
-        x[0],
-        W[0].t(),
-        scale_a=x[1],
-        scale_b=W[1].t(),
-        out_dtype=dtype,
-        use_fast_accum=True,
-    )
-    if out is None:
-        return run()
-    return run(out=out) if out.is_contiguous() else out.copy_(run())
+    return torch._scaled_mm(x[0], W[0].t(), scale_a=x[1], scale_b=W[1].t(), out_dtype=dtype, use_fast_accum=True)
 
 
 @dataclass(frozen=True)
 class Group8(Group):
-    """Products of the same input in 8-bit floats; `merged` is of no account."""
+    """Products of the same input in 8-bit floats: one product of all weights, which are merged and stacked."""
 
-    def forward(
-        self, x_ND: Tensor, factors: Sequence[Factors], outs: Sequence[Tensor], whole: Tensor | None = None
-    ) -> None:
-        """Write the products into `outs`, each (N, O)."""
-        x = rows(x_ND)
-        for product, pair, out in zip(self.products, factors, outs, strict=True):
-            times(x, self._narrow(product, pair, x_ND, turn=False), x_ND.dtype, out)
-            if product.bias is not None:
-                out += product.bias
+    def forward(self, x_ND: Tensor, factors: Sequence[Factors]) -> Tensor:
+        """Return all products side by side, (N, all O)."""
+        return self._biased(times(rows(x_ND), self._narrow(factors, x_ND.device, turn=False), x_ND.dtype))
 
     def added(self, x_ND: Tensor, factors: Sequence[Factors], plus_NO: Tensor) -> Tensor | None:
         """Return None: such a product starts from nothing."""
         return None
 
-    def input_gradient(
-        self,
-        dys: Sequence[Tensor],
-        factors: Sequence[Factors],
-        projected: Projected | None,
-        whole: Tensor | None = None,
-    ) -> Tensor:
+    def input_gradient(self, dy_NO: Tensor, factors: Sequence[Factors], projected: Projected | None) -> Tensor:
         """Return the gradient of x."""
-        dx: Tensor | None = None
-        for product, pair, dy in zip(self.products, factors, dys, strict=True):
-            part = times(rows(dy), self._narrow(product, pair, dy, turn=True), dy.dtype)
-            dx = part if dx is None else dx.add_(part)
-        assert dx is not None, "a group has products"
-        return dx
+        return times(rows(dy_NO), self._narrow(factors, dy_NO.device, turn=True), dy_NO.dtype)
 
-    def _narrow(self, product: Product, pair: Factors, like: Tensor, *, turn: bool) -> Narrow:
-        """Return W, or with factors W + s·B·A, in 8 bits: (O, D), or its transpose."""
-        if product.largest is not None and product.write8 is not None and pair is not None:
-            scale, by = _scales(product.largest(), pair, product.scale, turn=turn)
-            shape = (product.inputs, product.outputs) if turn else (product.outputs, product.inputs)
-            out = like.new_empty(shape, dtype=FORMAT)
-            product.write8(out.t() if turn else out, *pair, by.t() if turn else by)
-            return out, scale
-        W, change = self._parts(product, pair, like)
-        apart = pair is None or change is not None  # W is the stored weight itself
-        largest = product.largest() if apart and product.largest is not None else (W.abs().amax(1), W.abs().amax(0))
-        if pair is None or change is None:
-            scale = largest[turn].float().clamp(min=SMALLEST)[:, None] / LARGEST
-            return (turned if turn else rounded)(W, 1 / scale), scale
-        scale, by = _scales(largest, pair, product.scale, turn=turn)
-        return (turned_sum if turn else rounded_sum)(W, change, product.scale, by), scale
-
-    def _parts(self, product: Product, pair: Factors, like: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return W and, where it lies there as it is, B·A apart: the sum must not be rounded to W's own numbers."""
-        if pair is None or product.stored is None or product.stored.dtype != like.dtype:
-            return self._weight(product, pair, like), None
-        A, B = (factor.to(like.dtype) for factor in pair)
-        out = workspace.buffer((product.outputs, product.inputs), like.dtype, like.device)
-        return product.stored, torch.mm(B, A, out=out)
+    def _narrow(self, factors: Sequence[Factors], device: torch.device, *, turn: bool) -> Narrow:
+        """Return all weights with their changes in 8 bits, one above the other (all O, D), or the transpose of that."""
+        tops = [_top(product, pair, turn=turn) for product, pair in zip(self.products, factors, strict=True)]
+        scale, by = scales(functools.reduce(torch.maximum, tops) if turn else torch.cat(tops))
+        W = torch.empty(len(scale), sum(self.outputs) if turn else self.products[0].inputs, dtype=FORMAT, device=device)
+        whole, pieces = (W.t(), [by.t()] * len(tops)) if turn else (W, torch.split(by, self.outputs))
+        for product, pair, out, part in zip(
+            self.products, factors, torch.split(whole, self.outputs), pieces, strict=True
+        ):
+            product.write(out, pair, part)
+        return W, scale
 
 
-def _scales(
-    largest: tuple[Tensor, Tensor], pair: tuple[Tensor, Tensor], s: float, *, turn: bool
-) -> tuple[Tensor, Tensor]:
+def _top(product: Product, pair: Factors, *, turn: bool) -> Tensor:
+    """Return what bounds each row of W, with factors of W + s·B·A; with `turn` each column."""
+    largest = product.largest()[turn]
+    if pair is None:
+        return largest
     A, B = pair
-    return scales(largest[1], A.t(), B.t(), s) if turn else scales(largest[0], B, A, s)
+    return bound(largest, A.t(), B.t(), product.scale) if turn else bound(largest, B, A, product.scale)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,15 +22,23 @@ from decal.ops import select, workspace
 from decal.ops.dropout import Drop
 
 T = TypeVar("T")
-Write = Callable[[Tensor, Tensor | None, Tensor | None], None]  # (out (O, D), A, B): out = W, or W + s·B·A
+Factors = tuple[Tensor, Tensor] | None  # A (rank, D), B (O, rank) of one product
+
+
+class Write(Protocol):
+    """How a weight gets into `out` (O, D): as it is, or with factors and s·B·A.
+
+    With `by`, (O, 1) or (1, D) in fp32, `out` has 8 bits and gets the product with it (ops/fp8.py).
+    """
+
+    def __call__(self, out: Tensor, factors: Factors, by: Tensor | None = None) -> object: ...
 
 
 @dataclass(frozen=True)
 class Product:
     """One frozen weight. `stored` is the weight itself where it is stored as it is; else `write` decodes it.
 
-    `drop` is what the adapter's input loses in this pass. For 8-bit floats (ops/fp8.py) `largest` bounds |W| in
-    each row and each column, and `write8` decodes W + s·B·A into 8 bits, times a number for each row or each column.
+    `largest` bounds |W| in each row and each column. `drop` is what the adapter's input loses in this pass.
     """
 
     inputs: int
@@ -39,12 +47,8 @@ class Product:
     bias: Tensor | None
     stored: Tensor | None
     write: Write
+    largest: Callable[[], tuple[Tensor, Tensor]]
     drop: Drop | None = None
-    largest: Callable[[], tuple[Tensor, Tensor]] | None = None
-    write8: Callable[[Tensor, Tensor, Tensor, Tensor], None] | None = None  # out (O, D), A, B, numbers
-
-
-Factors = tuple[Tensor, Tensor] | None  # A (rank, D), B (O, rank) of one product
 
 
 @dataclass(frozen=True)
@@ -57,76 +61,79 @@ class Projected:
 
 @dataclass(frozen=True)
 class Group:
-    """Products of the same input; none that drops something of it can be `merged`."""
+    """Products of the same input, their results side by side; none that drops something of it can be `merged`.
+
+    Merged weights that are `stacked` are multiplied as one, at the price of a buffer for all of them.
+    """
 
     products: tuple[Product, ...]
     merged: bool
+    stacked: bool
 
-    def forward(
-        self, x_ND: Tensor, factors: Sequence[Factors], outs: Sequence[Tensor], whole: Tensor | None = None
-    ) -> None:
-        """Write the products into `outs`, each (N, O); these may be the columns of `whole`, which is quicker."""
-        if whole is not None and self.merged:
-            torch.mm(x_ND, self._stacked(factors, x_ND).T, out=whole)
+    @property
+    def outputs(self) -> list[int]:
+        """The width of each product."""
+        return [product.outputs for product in self.products]
+
+    def parts(self, y_NO: Tensor) -> tuple[Tensor, ...]:
+        """Return the columns of each product."""
+        return torch.split(y_NO, self.outputs, 1)
+
+    def forward(self, x_ND: Tensor, factors: Sequence[Factors]) -> Tensor:
+        """Return all products side by side, (N, all O)."""
+        y_NO = x_ND.new_empty(len(x_ND), sum(self.outputs))
+        if self.merged and self.stacked:
+            torch.mm(x_ND, self._stacked(factors, x_ND).T, out=y_NO)
         else:
             A_RD, Bs = (None, []) if self.merged else _narrow(factors, x_ND)
             S_NR = None if A_RD is None else self._down(x_ND, A_RD, factors)
-            for product, pair, out, columns, B in self._each(factors, outs, Bs):
+            for product, pair, out, columns, B in self._each(factors, self.parts(y_NO), Bs):
                 if B is None or S_NR is None:
                     torch.mm(x_ND, self._weight(product, pair, x_ND).T, out=out)
                 else:
                     torch.mm(S_NR[:, columns], B.T, out=out)
                     out.addmm_(x_ND, self._weight(product, None, x_ND).T)
-        for product, out in zip(self.products, outs, strict=True):
-            if product.bias is not None:
-                out += product.bias
+        return self._biased(y_NO)
 
     def added(self, x_ND: Tensor, factors: Sequence[Factors], plus_NO: Tensor) -> Tensor | None:
         """Return plus + the only product, rounded once; None where that could round the change away."""
         (product,) = self.products
         if not self.merged and factors[0] is not None:
             return None
-        out = torch.addmm(plus_NO, x_ND, self._weight(product, factors[0], x_ND).T)
-        return out if product.bias is None else out.add_(product.bias)
+        return self._biased(torch.addmm(plus_NO, x_ND, self._weight(product, factors[0], x_ND).T))
 
-    def project(self, dys: Sequence[Tensor], factors: Sequence[Factors]) -> Projected | None:
+    def project(self, dy_NO: Tensor, factors: Sequence[Factors]) -> Projected | None:
         """Return s·dy B of all products side by side, which both gradients are made of; None without factors."""
-        A_RD, Bs = _narrow(factors, dys[0])
+        A_RD, Bs = _narrow(factors, dy_NO)
         if A_RD is None:
             return None
-        T_NR = dys[0].new_empty(len(dys[0]), len(A_RD))
-        for _, _, dy, columns, B in self._each(factors, dys, Bs):
+        T_NR = dy_NO.new_empty(len(dy_NO), len(A_RD))
+        for _, _, dy, columns, B in self._each(factors, self.parts(dy_NO), Bs):
             if B is not None:
                 torch.mm(dy, B, out=T_NR[:, columns])
         return Projected(A_RD, self._scaled(T_NR, factors))
 
-    def input_gradient(
-        self,
-        dys: Sequence[Tensor],
-        factors: Sequence[Factors],
-        projected: Projected | None,
-        whole: Tensor | None = None,
-    ) -> Tensor:
-        """Return the gradient of x; `whole` holds all dys side by side, where they do."""
-        if whole is not None and self.merged:
-            return torch.mm(whole, self._stacked(factors, whole))
+    def input_gradient(self, dy_NO: Tensor, factors: Sequence[Factors], projected: Projected | None) -> Tensor:
+        """Return the gradient of x."""
+        if self.merged and self.stacked:
+            return torch.mm(dy_NO, self._stacked(factors, dy_NO))
         dx = None if self.merged or projected is None else self._back(projected, factors)
-        for product, pair, dy in zip(self.products, factors, dys, strict=True):
+        for product, pair, dy in zip(self.products, factors, self.parts(dy_NO), strict=True):
             W = self._weight(product, pair if self.merged else None, dy)
             dx = torch.mm(dy, W) if dx is None else dx.addmm_(dy, W)
         assert dx is not None, "a group has products"
         return dx
 
     def factor_gradients(
-        self, dys: Sequence[Tensor], x_ND: Tensor, factors: Sequence[Factors], projected: Projected | None
+        self, dy_NO: Tensor, x_ND: Tensor, factors: Sequence[Factors], projected: Projected | None
     ) -> list[Factors]:
         """Return the gradients of A and B of each product."""
         if projected is None:
-            return [None] * len(dys)
+            return [None] * len(factors)
         S_NR = self._down(x_ND, projected.A_RD, factors)
         dA_RD = None if self.drops else _wide_mm(projected.T_NR.T, x_ND)
         found: list[Factors] = []
-        for product, pair, dy, columns, _ in self._each(factors, dys, ()):
+        for product, pair, dy, columns, _ in self._each(factors, self.parts(dy_NO), ()):
             if pair is None:
                 found.append(None)
                 continue
@@ -138,6 +145,13 @@ class Group:
     @property
     def drops(self) -> bool:
         return any(product.drop is not None for product in self.products)
+
+    def _biased(self, y_NO: Tensor) -> Tensor:
+        """Add each product's bias to its columns, in place."""
+        for product, out in zip(self.products, self.parts(y_NO), strict=True):
+            if product.bias is not None:
+                out += product.bias
+        return y_NO
 
     def _down(self, x_ND: Tensor, A_RD: Tensor, factors: Sequence[Factors]) -> Tensor:
         """Return s·x Aᵀ of all products side by side, (N, R), each of what it does not drop."""
@@ -185,15 +199,14 @@ class Group:
         if pair is None and product.stored is not None and product.stored.dtype == like.dtype:
             return product.stored
         out = workspace.buffer((product.outputs, product.inputs), like.dtype, like.device)
-        product.write(out, *(pair or (None, None)))
+        product.write(out, pair)
         return out
 
     def _stacked(self, factors: Sequence[Factors], like: Tensor) -> Tensor:
         """Return all merged weights, one above the other, in the shared buffer."""
-        outputs = [p.outputs for p in self.products]
-        W = workspace.buffer((sum(outputs), self.products[0].inputs), like.dtype, like.device)
-        for product, pair, rows in zip(self.products, factors, torch.split(W, outputs), strict=True):
-            product.write(rows, *(pair or (None, None)))
+        W = workspace.buffer((sum(self.outputs), self.products[0].inputs), like.dtype, like.device)
+        for product, pair, rows in zip(self.products, factors, torch.split(W, self.outputs), strict=True):
+            product.write(rows, pair)
         return W
 
 

@@ -127,7 +127,8 @@ def _halves(x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor
 @region
 def gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     """Return act(gate) ∘ up (Shazeer 2020); `activation` is "silu" or "gelu_pytorch_tanh"."""
-    return _gated(gate, up, activation)
+    act = F.silu(_wide(gate)) if activation == "silu" else F.gelu(_wide(gate), approximate="tanh")
+    return (act * up).to(gate.dtype)
 
 
 @region
@@ -139,28 +140,6 @@ def gated_backward_(dy: Tensor, gate: Tensor, up: Tensor, activation: str) -> No
     dy.copy_(h)
     gate.copy_(d_gate)
     up.copy_(d_up)
-
-
-@region
-def gated_halves(both: Tensor, activation: str) -> Tensor:
-    """Return act(gate) ∘ up of both side by side, (N, 2 F)."""
-    gate, up = both.chunk(2, -1)
-    return _gated(gate, up, activation)
-
-
-def _gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
-    act = F.silu(_wide(gate)) if activation == "silu" else F.gelu(_wide(gate), approximate="tanh")
-    return (act * up).to(gate.dtype)
-
-
-@region
-def gated_halves_backward_(dy: Tensor, both: Tensor, activation: str) -> None:
-    """Write act(gate) ∘ up over dy, and the gradients of gate and up, side by side, over these."""
-    gate, up = both.chunk(2, -1)
-    act, slope = _activation(_wide(gate), activation)
-    h, d_gate, d_up = act * up, _wide(dy) * up * slope, dy * act
-    dy.copy_(h)
-    both.copy_(torch.cat((d_gate, d_up), -1))
 
 
 @region
