@@ -28,7 +28,8 @@ def adapted_model(kind: str, **settings: Any) -> nn.Module:
 
 def loss_and_gradients(model: nn.Module) -> tuple[Tensor, dict[str, Tensor]]:
     model.zero_grad()
-    loss = model(input_ids=IDS, labels=IDS, use_cache=False).loss
+    ids = IDS.to(next(model.parameters()).device)
+    loss = model(input_ids=ids, labels=ids, use_cache=False).loss
     loss.backward()
     return loss.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
@@ -63,6 +64,20 @@ def test_same_loss_and_gradients(
     assert runs == [memory] * 2 * (1 if memory == "keep" else 2)
     assert lean_loss.item() == pytest.approx(loss.item(), rel=1e-5)  # fp32, in another order
     assert got.keys() == expected.keys()
+    for name, gradient in got.items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["llama-biased", "mistral", "qwen3", "gemma", "gemma3", "phi3"])
+def test_compiled_on_a_card_it_gives_the_same(kind: str, runs: list[str]) -> None:
+    model = adapted_model(kind).cuda()
+    with fuse.forced("off"):
+        loss, expected = loss_and_gradients(model)
+    with lean(model):
+        lean_loss, got = loss_and_gradients(model)
+    assert runs == ["keep"] * 2
+    assert lean_loss.item() == pytest.approx(loss.item(), rel=1e-5)  # fp32, in another order
     for name, gradient in got.items():
         torch.testing.assert_close(gradient, expected[name], rtol=1e-3, atol=1e-5)
 

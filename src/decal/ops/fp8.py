@@ -49,7 +49,7 @@ def rows(x: Tensor) -> Narrow:
 def _rows(x: Tensor) -> Narrow:
     wide = x.float()
     scale = wide.abs().amax(1, keepdim=True).clamp(min=SMALLEST) / LARGEST
-    return (wide / scale).clamp(-LARGEST, LARGEST).to(FORMAT), scale
+    return (wide * (1 / scale)).to(FORMAT), scale
 
 
 @region

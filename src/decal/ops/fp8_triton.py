@@ -12,6 +12,8 @@ from torch import Tensor
 
 from decal.ops.nf4_triton import on
 
+AT_ONCE = 16384  # numbers of a row that are read together
+
 
 def rows(x: Tensor, largest: float, smallest: float) -> tuple[Tensor, Tensor]:
     """Return x (M, K) in e4m3 and the scale of each row (M, 1), whose largest number becomes `largest`.
@@ -21,28 +23,39 @@ def rows(x: Tensor, largest: float, smallest: float) -> tuple[Tensor, Tensor]:
     count, width = x.shape
     out = torch.empty(count, width, dtype=torch.float8_e4m3fn, device=x.device)
     scale = torch.empty(count, 1, dtype=torch.float32, device=x.device)
-    size = triton.next_power_of_2(width)
+    size = min(triton.next_power_of_2(width), AT_ONCE)
     with on(x.device):
         _rows[(count,)](
-            x, out, scale, x.stride(0), width,
-            SIZE=size, LARGEST=largest, SMALLEST=smallest, num_warps=min(16, max(4, size // 1024)),
+            x, out, scale, x.stride(0), width, SIZE=size, LARGEST=largest, SMALLEST=smallest, num_warps=warps(size)
         )  # fmt: skip
     return out, scale
+
+
+def warps(size: int) -> int:
+    return min(16, max(4, size // 1024))
 
 
 @triton.jit
 def _rows(x, out, scale, stride, width, SIZE: tl.constexpr, LARGEST: tl.constexpr, SMALLEST: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, SIZE)
-    inside = column < width
-    value = tl.load(x + row * stride + column, mask=inside, other=0.0).to(tl.float32)
-    top = tl.reduce(tl.abs(value), 0, _larger)
-    top = tl.where(top < SMALLEST, SMALLEST, top)
-    step = tl.div_rn(top, LARGEST)
+    value = tl.load(x + row * stride + column, mask=column < width, other=0.0).to(tl.float32)
+    top = tl.abs(value)
+    for first in range(SIZE, width, SIZE):
+        more = tl.load(x + row * stride + first + column, mask=first + column < width, other=0.0)
+        top = _larger(top, tl.abs(more.to(tl.float32)))
+    top = tl.reduce(top, 0, _larger)
+    step = tl.div_rn(tl.where(top < SMALLEST, SMALLEST, top), LARGEST)
     tl.store(scale + row, step)
-    value = tl.div_rn(value, step)
-    value = tl.where(value > LARGEST, LARGEST, tl.where(value < -LARGEST, -LARGEST, value))
-    tl.store(out + row * width + column, value.to(tl.float8e4nv), mask=inside)
+    by = tl.div_rn(1.0, step)
+    tl.store(out + row * width + column, (value * by).to(tl.float8e4nv), mask=column < width)
+    for first in range(SIZE, width, SIZE):  # again, from the cache
+        more = tl.load(x + row * stride + first + column, mask=first + column < width, other=0.0)
+        tl.store(
+            out + row * width + first + column,
+            (more.to(tl.float32) * by).to(tl.float8e4nv),
+            mask=first + column < width,
+        )
 
 
 @triton.jit
