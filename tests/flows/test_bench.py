@@ -80,6 +80,11 @@ def test_the_command_prints_figures_and_says_what_it_could_not_measure(
     said = capsys.readouterr()
     assert "tokens/s" in said.out
     assert "not measured: nowhere (needs no_such_package)" in said.err
+    monkeypatch.setattr(peers, "NEEDS", {"broken": ()})  # a system without a model: its process fails
+    assert main.run([*words, "--peers"], debug=False) == 0
+    said = capsys.readouterr()
+    assert "tokens/s" in said.out
+    assert "not measured: broken could not do the work (got: KeyError: 'broken')" in said.err
     assert main.run([*words, "--json"], debug=False) == 0
     (system,) = json.loads(capsys.readouterr().out)["systems"]
     assert system["system"] == "decal"

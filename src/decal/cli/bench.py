@@ -10,6 +10,7 @@ import typer
 
 from decal.cli import console
 from decal.cli.train import Precision
+from decal.errors import RunError
 from decal.words import counted
 
 if TYPE_CHECKING:
@@ -69,8 +70,11 @@ def bench(
 
         there, lacking = others.installed(work)
         for name in there:
-            with console.working(f"measuring {name}"):
-                found.append(replace(others.measure(work, name), flops=found[0].flops))
+            try:
+                with console.working(f"measuring {name}"):
+                    found.append(replace(others.measure(work, name), flops=found[0].flops))
+            except RunError as error:
+                lacking.append(str(error))
         for line in lacking:
             console.note(f"not measured: {line}")
     if as_json:

@@ -6,6 +6,7 @@ of decal that imports them.
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import json
 import subprocess
@@ -50,6 +51,9 @@ def measure(work: Work, system: str) -> Bench:
     """Measure one system in a process of its own. Raises RunError with its last words if it fails."""
     program = f"{FIRST.get(system, '')}from decal.recipes.peers import main; main()"
     words = [sys.executable, "-c", program, json.dumps(asdict(work)), system]
+    if torch.cuda.is_available():  # what this process has cached, the other would lack
+        gc.collect()
+        torch.cuda.empty_cache()
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
