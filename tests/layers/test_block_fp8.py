@@ -79,9 +79,8 @@ def test_gradients_of_a_pretrained_model_on_text() -> None:
             narrow = gradients(model, autocast=True, ids=piece)
         with fuse.forced("off"):
             found.append(cosine(narrow, gradients(wide, autocast=False, ids=piece)))
-    # 0.984 to 0.992 over ten pieces of wikitext-2, 0.9873 on average: 0.003 below what was aimed for.
-    assert min(found) >= 0.98
-    assert sum(found) / len(found) >= 0.985
+    assert sum(found) / len(found) >= 0.99  # what was aimed for
+    assert min(found) >= 0.985  # 0.986 was the least of ten other pieces
 
 
 def test_evaluation_stays_in_16_bits() -> None:
@@ -111,6 +110,14 @@ def test_other_models_are_refused(kind: str, settings: dict[str, Any], why: str)
     with pytest.raises(ConfigError, match=f"this model cannot train in fp8: {why}") as raised:
         require_fp8(adapted(kind, **settings), torch.bfloat16)
     assert raised.value.fix == "Use train.precision=auto."
+
+
+def test_a_model_of_one_layer_is_refused() -> None:
+    """It would be one in 16 bits that says it is in 8."""
+    config = LlamaConfig(**{**models.SIZES, "num_hidden_layers": 1})
+    model = get_peft_model(LlamaForCausalLM(config).bfloat16(), LoraConfig(r=4, target_modules="all-linear"))
+    with pytest.raises(ConfigError, match="it has one decoder layer, and the first stays in 16 bits"):
+        require_fp8(model, torch.bfloat16)
 
 
 def test_odd_widths_are_refused() -> None:

@@ -206,5 +206,4 @@ def test_fp8_gives_a_gradient_of_about_the_same_direction(quantize: str | None, 
     with exact():
         expected = gradients(four_layers.widened(made(quantize)), autocast=False)
     both = [torch.cat([found[n].flatten().double() for n in sorted(found)]) for found in (got, expected)]
-    # 0.9892, and 0.9897 on a CPU: random weights pass on all that 28 products are off by.
-    assert float(torch.cosine_similarity(both[0], both[1], 0)) >= 0.988
+    assert float(torch.cosine_similarity(both[0], both[1], 0)) >= 0.99  # aimed for; 0.9955 on a CPU
