@@ -161,7 +161,7 @@ def measure(base: Any, case: dict[str, Any], device: Any, steps: int, profile: b
         run = graphs.backward if case.get("graphs", True) else backward
         spend, warm_up = None, WARM_UP
         if "budget" in case:
-            spend = budget.Budget(model, case["budget"], tokens=tokens, device=device, say=print_aside)
+            spend = budget.Budget(model, case["budget"], tokens=tokens, numbers=numbers, say=print_aside)
             run, warm_up = spend.guarded(run, graphs.forget), budget.WARM + budget.SETTLED + WARM_UP
 
         def step() -> None:
@@ -196,7 +196,7 @@ def measure(base: Any, case: dict[str, Any], device: Any, steps: int, profile: b
         "weights_gib": weights / 2**30,
         "model_tflops": model_flops(case) / timed / 1e12,
         "first_step_s": seconds[0],
-        "context_gib": None if spend is None else spend.context / 2**30,
+        "context_gib": None if spend is None else spend.context() / 2**30,
         "plan": None if spend is None else [spend.plan.keep, spend.plan.inputs],
         "first_loss": results[0].loss,
         "last_loss": results[-1].loss,

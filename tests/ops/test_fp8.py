@@ -13,7 +13,7 @@ from decal.layers.nf4_linear import NF4Linear
 from decal.model import quantized
 from decal.ops import fp8
 from decal.ops.fp8 import Group8, Narrow
-from decal.ops.products import Factors, Group, Product
+from decal.ops.products import Factors, Product
 from decal.training.precision import resolve
 
 RANK = 4
@@ -56,7 +56,7 @@ def test_the_sums_are_those_of_the_rounded_numbers() -> None:
 
 
 @pytest.mark.gpu  # Triton's interpreter rounds to 8 bits wrongly where a carry reaches the exponent
-@pytest.mark.parametrize("width", [16, 96, 1000])
+@pytest.mark.parametrize("width", [16, 96, 1000, 4112, 16400])  # the last two are read in pieces
 def test_the_kernel_of_rows_gives_their_bits(width: int) -> None:
     x = random(9, width, seed=0) * torch.tensor([1e-6, 1.0, 1e4, 0.0, 30.0, 1.0, 1.0, 2.0, 3.0])[:, None]
     x = torch.cat((x, x), 1).bfloat16()[:, :width]  # rows apart
@@ -130,17 +130,14 @@ def test_forward_and_the_gradient_of_the_input_follow_the_formula(stored: bool, 
     assert group.added(x, factors, y) is None
 
 
-def test_the_factors_gradients_stay_exact() -> None:
-    W = random(48, 64, seed=0).bfloat16()
-    factors = [(random(RANK, 64, seed=1), random(48, RANK, seed=2))]
+def test_the_factors_gradients_are_of_16_bit_numbers() -> None:
+    W, A, B = random(48, 64, seed=0).bfloat16(), random(RANK, 64, seed=1), random(48, RANK, seed=2)
     x, dy = random(24, 64, seed=3).bfloat16(), random(24, 48, seed=4).bfloat16()
-    found = []
-    for kind in (Group, Group8):
-        group = kind((product(W, stored=True),), merged=True, stacked=False)
-        ((dA, dB),) = group.factor_gradients(dy, x, factors, group.project(dy, factors))  # type: ignore[misc]
-        found.append((dA, dB))
-    assert torch.equal(found[0][0], found[1][0])
-    assert torch.equal(found[0][1], found[1][1])
+    group = Group8((product(W, stored=True),), merged=True, stacked=True)
+    ((dA, dB),) = group.factor_gradients(dy, x, [(A, B)], group.project(dy, [(A, B)]))  # type: ignore[misc]
+    # A factor, what is projected and the result are rounded to bf16, 2^-9 each at most; in 8 bits it were 0.037.
+    assert relative(dA, 2 * (dy.double() @ B.double()).T @ x.double()) < 3 * 2**-9
+    assert relative(dB, 2 * dy.double().T @ (x.double() @ A.double().T)) < 3 * 2**-9
 
 
 @pytest.mark.parametrize("stored", [True, False])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,8 @@ from decal.training import budget
 from decal.training.budget import GIB, SETTLED, WARM, Budget, Plan, fill, parse
 from decal.training.precision import Precision
 from tests import models
+
+CPU = torch.device("cpu")
 
 
 def test_sizes() -> None:
@@ -68,8 +70,9 @@ def test_what_a_layer_keeps_is_what_it_says(kind: str) -> None:
             found.append(_kept(out))
             del out
         per_layer = (found[0] - found[1]) / 2 / ids.numel()
-    # fp32 where `kept_bytes` counts 16 bits; attention's own sums come on top (a number a head).
-    assert per_layer == pytest.approx(2 * (block.kept_bytes() - block.input_bytes()), rel=0.1)
+    # Attention's own sums come on top (a number a head).
+    assert per_layer == pytest.approx(block.kept_bytes(4) - block.input_bytes(4), rel=0.1)
+    assert block.kept_bytes(2) == block.kept_bytes(4) / 2
 
 
 def _kept(out: torch.Tensor) -> int:
@@ -94,10 +97,10 @@ def _kept(out: torch.Tensor) -> int:
 def test_a_budget_without_a_card_is_said(tmp_path: Path) -> None:
     config = RunConfig(model="m", data={"path": "d"}, train={"memory": "8GiB"})
     said: list[str] = []
-    with budget.spent(models.make("llama"), config, torch.device("cpu"), said.append) as spend:
+    with budget.spent(models.make("llama"), config, Precision(name="fp32", device=CPU), said.append) as spend:
         assert spend is None
     assert said == ["train.memory bounds a CUDA card's memory; here it changes nothing"]
-    assert not budget.wants_embedding_on_host(models.make("llama"), config, torch.device("cpu"))
+    assert not budget.wants_embedding_on_host(models.make("llama"), config, CPU)
 
 
 class Card:
@@ -105,9 +108,9 @@ class Card:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *, fixed: float) -> None:
         self.fixed, self.layers, self.fraction = fixed, list[LeanBlock](), 1.0
-        self.wasted = 0.0
+        self.wasted, self.others = 0.0, 0.6  # others: the context, and other processes
         for name, answer in {
-            "mem_get_info": lambda device: (79 * GIB, 80 * GIB),
+            "mem_get_info": lambda device: (80 * GIB - int(self.others * GIB + self.used() + self.wasted), 80 * GIB),
             "memory_reserved": lambda device: int(self.used() + self.wasted),
             "max_memory_reserved": lambda device: int(self.used()),
             "max_memory_allocated": lambda device: int(self.used()),
@@ -133,9 +136,12 @@ def swapped() -> Iterator[nn.Module]:
         yield model
 
 
-def spend(model: nn.Module, card: Card, limit: float, monkeypatch: pytest.MonkeyPatch) -> tuple[Budget, list[str]]:
+def spend(
+    model: nn.Module, card: Card, limit: float | None, monkeypatch: pytest.MonkeyPatch
+) -> tuple[Budget, list[str]]:
     said: list[str] = []
-    spent = Budget(model, int(limit * GIB), tokens=1, device=torch.device("cuda"), say=said.append)
+    numbers = Precision(name="bf16", device=torch.device("cuda"))
+    spent = Budget(model, None if limit is None else int(limit * GIB), tokens=1, numbers=numbers, say=said.append)
     monkeypatch.setattr(spent, "_kept", lambda: GIB)
     monkeypatch.setattr(spent, "_input", lambda: GIB // 10)
     card.layers = spent.layers
@@ -196,6 +202,70 @@ def test_a_step_out_of_memory_runs_again_with_less_and_says_when_nothing_is_left
     assert "a step ran out of memory and is run again with less kept" in said
     with pytest.raises(RunError, match="the budget cannot be met"):
         backward(*arguments, precision=numbers)
+
+
+def out_of_memory_while(condition: Callable[[], bool]) -> Callable[..., torch.Tensor]:
+    def run(*args: Any, **kwargs: Any) -> torch.Tensor:
+        if condition():
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return torch.zeros(())
+
+    return run
+
+
+def test_without_a_limit_layers_keep_everything_until_memory_runs_out(
+    swapped: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    card = Card(monkeypatch, fixed=5.8)
+    spent, said = spend(swapped, card, None, monkeypatch)
+    assert [layer.memory for layer in spent.layers] == ["keep", "keep"]
+    for _ in range(WARM + SETTLED):
+        spent.stepped(lambda: None)
+    assert card.fraction == 1.0
+    assert said == []
+    numbers = Precision(name="fp32", device=CPU)
+    arguments: Any = (swapped, [], None, numbers.scaler())
+    spent.guarded(out_of_memory_while(lambda: spent.plan.keep > 0), lambda: None)(*arguments, precision=numbers)
+    assert [layer.memory for layer in spent.layers] == ["recompute", "recompute"]
+    assert said[-1].endswith(
+        "2 are computed again in backward (0 with their inputs in host memory), for the card's memory"
+    )
+    with pytest.raises(RunError, match=r"got: the card's memory, and more than"):
+        spent.guarded(out_of_memory_while(lambda: True), lambda: None)(*arguments, precision=numbers)
+    spent.halved()
+    assert [layer.memory for layer in spent.layers] == ["keep", "keep"]
+
+
+def test_what_ran_out_of_memory_is_not_kept_again(swapped: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    card = Card(monkeypatch, fixed=5.8)
+    spent, _ = spend(swapped, card, 9.0, monkeypatch)
+    for _ in range(WARM):
+        spent.stepped(lambda: None)
+    numbers = Precision(name="fp32", device=CPU)
+    run = spent.guarded(out_of_memory_while(lambda: spent.plan.keep > 1), lambda: None)
+    arguments: Any = (swapped, [], None, numbers.scaler())
+    run(*arguments, precision=numbers)
+    for _ in range(SETTLED):
+        spent.stepped(lambda: None)
+    assert spent.plan.keep == 1
+
+
+def test_a_budget_beyond_what_the_card_has_free_is_what_it_has(
+    swapped: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    card = Card(monkeypatch, fixed=5.8)
+    card.others = 60.0  # another process
+    spent, said = spend(swapped, card, 200.0, monkeypatch)
+    assert spent.limit == pytest.approx(20.6 * GIB, abs=2)  # and the context, as it is taken to be
+    assert said == ["20.60 GiB of the card's memory are free, less than train.memory: they are the budget"]
+
+
+def test_a_context_is_measured(swapped: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    card = Card(monkeypatch, fixed=5.8)
+    card.others = 1.1
+    spent, _ = spend(swapped, card, 9.0, monkeypatch)
+    assert spent.context() == pytest.approx(1.1 * GIB, abs=2)
+    assert card.fraction == pytest.approx((9.0 - 1.1) / 80)
 
 
 def test_halved_micro_batches_are_planned_anew(swapped: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:

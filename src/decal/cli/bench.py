@@ -64,21 +64,26 @@ def bench(
             steps=steps,
             device=device,
         )
-        found = [recipe.bench(work)]
+        notes: list[str] = []
+        found = [recipe.bench(work, notes.append)]
+    for note in notes:
+        console.note(note)
+    not_measured: list[str] = []
     if peers:
         from decal.recipes import peers as others
 
-        there, lacking = others.installed(work)
+        there, not_measured = others.installed(work)
         for name in there:
             try:
                 with console.working(f"measuring {name}"):
                     found.append(replace(others.measure(work, name), flops=found[0].flops))
             except RunError as error:
-                lacking.append(str(error))
-        for line in lacking:
+                not_measured.append(str(error))
+        for line in not_measured:
             console.note(f"not measured: {line}")
     if as_json:
-        console.dump({"work": asdict(work), "systems": [{**asdict(b), "utilisation": b.utilisation} for b in found]})
+        systems = [{**asdict(b), "utilisation": b.utilisation} for b in found]
+        console.dump({"work": asdict(work), "systems": systems, "not_measured": not_measured})
         return
     console.show(table(found))
     one = found[0]
@@ -99,15 +104,17 @@ def operations(number: float) -> str:
 
 def table(found: list[Bench]) -> Any:
     """Return a line for each system."""
-    shown = console.plain_table("", "tokens/s", "step", "use", "forward", "backward", "optimizer", "peak", "loss")
+    titles = ("tokens/s", "step", "use", "forward", "backward", "optimizer", "peak", "loss", "gradient")
+    shown = console.plain_table("", *titles)
     for b in found:
         shown.add_row(
-            b.system,
+            b.system if b.precision == found[0].precision else f"{b.system}, {b.precision}",
             f"{b.tokens_per_s:,.0f}",
             f"{1e3 * b.seconds:,.0f} ms",
             f"{b.utilisation:.0%}",
             *(f"{1e3 * b.parts[part]:,.0f} ms" for part in ("forward", "backward", "optimizer")),
             "" if b.peak is None else f"{b.peak / 2**30:.2f} GiB",
             f"{b.first_loss:.3f} -> {b.last_loss:.3f}",
+            f"{b.grad_norm:.3g}",
         )
     return shown

@@ -60,6 +60,7 @@ class LeanBlock(nn.Module):
         self.memory: Memory = ("offload" if offloads else "recompute") if original.gradient_checkpointing else "keep"
         self.fp8 = False
         self.whole = False  # whether the last call in training was of one function
+        self._dense: dict[nn.Module, DenseBase] = {}  # of linear layers that nothing adapts
         self.activation = activation_of(original.mlp)
 
     @property
@@ -101,23 +102,23 @@ class LeanBlock(nn.Module):
     def linears(self) -> list[nn.Module]:
         return [linear for group in self.groups() for linear in group]
 
-    def kept_bytes(self) -> int:
-        """Return the bytes that a token costs where the layer keeps all that backward reads, in 16 bits."""
+    def kept_bytes(self, size: int) -> int:
+        """Return the bytes that a token costs where the layer keeps all that backward reads, `size` for a number."""
         qkv, (o,), gate_up, _ = ([_outputs(linear) for linear in group] for group in self.groups())
         norms = norms_of(self)
         apart = sum(qkv) if norms.of_heads is not None else 0  # before their heads are normed
         results = 2 * o if norms.after is not None else 0
         # x and the sum after attention; queries, keys, values; attention's output, as wide as the queries; gate and up
-        return 2 * (2 * o + sum(qkv) + self._queries() + sum(gate_up) + apart + results)
+        return size * (2 * o + sum(qkv) + self._queries() + sum(gate_up) + apart + results)
 
     def _queries(self) -> int:
         attention: Any = self.self_attn
         heads: int = attention.config.num_attention_heads
         return heads * int(attention.head_dim)
 
-    def input_bytes(self) -> int:
-        """Return the bytes of a token's input, in 16 bits."""
-        return 2 * _outputs(self.groups()[1][0])
+    def input_bytes(self, size: int) -> int:
+        """Return the bytes of a token's input."""
+        return size * _outputs(self.groups()[1][0])
 
     def block(self, x: Tensor, given: dict[str, Any]) -> Block | None:
         """Return the frozen parts, or None where this call asks for more than the one function does."""
@@ -131,10 +132,7 @@ class LeanBlock(nn.Module):
             or rotation[0].shape[-1] != attention.head_dim
             or rotation[0].dtype != x.dtype
             or x.dtype != _computed(x)
-            or any(norm.weight.dtype != x.dtype for norm in norms.every())
-            or attention.config._attn_implementation not in INTERFACES
-            or attention.attention_dropout > 0
-            or any(isinstance(module, nn.Dropout) and module.p > 0 for module in self._modules.values())
+            or self.why_general(x.dtype) is not None
         ):
             return None
         found = self.products(x.dtype)
@@ -162,17 +160,43 @@ class LeanBlock(nn.Module):
             shelf=self.shelf,
         )
 
+    def why_general(self, dtype: torch.dtype) -> str | None:
+        """Return why the layer never runs as one function where it computes in `dtype`; None if it may."""
+        attention: Any = self.self_attn
+        config = attention.config
+        stored = next((n.weight.dtype for n in norms_of(self).every() if n.weight.dtype != dtype), None)
+        if stored is not None:
+            return f"its weights are stored in {_name(stored)}, and it computes in {_name(dtype)}"
+        if config._attn_implementation not in INTERFACES:
+            return f"its attention is {config._attn_implementation}, not sdpa"
+        drops = any(isinstance(module, nn.Dropout) and module.p > 0 for module in self._modules.values())
+        if attention.attention_dropout > 0 or drops:
+            return "it drops some of what it computes (a dropout in the model's config)"
+        if (getattr(config, "rope_parameters", None) or {}).get("partial_rotary_factor", 1.0) != 1.0:
+            return "it turns a part of each head"
+        return None
+
     def products(self, dtype: torch.dtype) -> list[Product] | None:
         """Return the frozen weights; None if the one function cannot use one of them, or its adapters."""
-        products = [_product(linear, dtype) for linear in self.linears()]
+        products = [_product(linear, self._base(linear), dtype) for linear in self.linears()]
         found = [product for product in products if product is not None]
         return found if len(found) == len(products) else None
+
+    def _base(self, linear: nn.Module) -> CodedBase | DenseBase | None:
+        base: Base | None = None
+        if isinstance(linear, AdaptedLinear):
+            base = linear.base
+        elif isinstance(linear, CodedLinear):
+            base = CodedBase(linear)
+        elif isinstance(linear, nn.Linear) and not linear.weight.requires_grad:
+            base = self._dense.setdefault(linear, DenseBase(linear))  # it knows its largest weights
+        return base if type(base) in (CodedBase, DenseBase) else None  # type: ignore[return-value]  # just asked
 
     def why_not_fp8(self, dtype: torch.dtype) -> str | None:
         """Return why the layer's products cannot be computed in 8-bit floats; None if they can."""
         found = self.products(dtype)
         if found is None or any(_drop(linear, torch.device("cpu")) is not None for linear in self.linears()):
-            return "it needs one plain LoRA adapter on frozen weights, without dropout and without DoRA"
+            return "it needs one plain LoRA adapter on frozen weights, without dropout, DoRA or trained biases"
         uneven = [p for p in found if p.inputs % ALIGNED or p.outputs % ALIGNED]
         return f"its widths must be multiples of {ALIGNED}" if uneven else None
 
@@ -185,9 +209,11 @@ class LeanBlock(nn.Module):
         groups, first = [], 0
         for linears in self.groups():
             part = slice(first, first + len(linears))
-            make = Group8 if self.fp8 else Group
-            # Queries, keys and values are narrow; gate and up would need the largest buffer of all, for nothing.
-            groups.append(make(tuple(found[part]), self.fp8 or all(merged[part]), stacked=part.start == 0))
+            products = tuple(found[part])
+            # Queries, keys and values are narrow; in 16 bits gate and up would need the largest buffer, for nothing.
+            stacked = first == 0
+            group = Group8(products, True, True) if self.fp8 else Group(products, all(merged[part]), stacked)
+            groups.append(group)
             first = part.stop
         return groups
 
@@ -249,6 +275,10 @@ def _outputs(linear: nn.Module) -> int:
     return outputs
 
 
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 def _computed(x: Tensor) -> torch.dtype:
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
@@ -279,9 +309,9 @@ def _factors(linear: nn.Module) -> tuple[Tensor | None, Tensor | None]:
     return (None, None) if adapter is None else (adapter.A, adapter.B)
 
 
-def _product(linear: nn.Module, dtype: torch.dtype) -> Product | None:
+def _product(linear: nn.Module, base: CodedBase | DenseBase | None, dtype: torch.dtype) -> Product | None:
     """Return the frozen weight of a layer, None if the one function cannot use it (or its adapters)."""
-    scale, base = 0.0, _base(linear)
+    scale = 0.0
     if isinstance(linear, AdaptedLinear):
         adapter = _adapter(linear)
         if adapter is None:
@@ -295,17 +325,6 @@ def _product(linear: nn.Module, dtype: torch.dtype) -> Product | None:
         return Product(inputs, outputs, scale, base.bias, None, partial(_decode, coded, scale), coded.largest)
     W = base.weight.detach()
     return Product(inputs, outputs, scale, base.bias, W, partial(_copy, W, scale), base.largest)
-
-
-def _base(linear: nn.Module) -> CodedBase | DenseBase | None:
-    base: Base | None
-    if isinstance(linear, AdaptedLinear):
-        base = linear.base
-    elif isinstance(linear, CodedLinear):
-        base = CodedBase(linear)
-    else:
-        base = DenseBase(linear) if isinstance(linear, nn.Linear) and not linear.weight.requires_grad else None
-    return base if type(base) in (CodedBase, DenseBase) else None  # type: ignore[return-value]  # just asked
 
 
 def _merges(linear: nn.Module, rows: int, x: Tensor) -> bool:

@@ -12,8 +12,9 @@ from torch import Tensor
 class Parked:
     """A tensor on the shelf, and the one that was put there before it. Forgotten, it gives its memory back."""
 
-    def __init__(self, host: Tensor, device: torch.device, below: Parked | None) -> None:
+    def __init__(self, host: Tensor, room: Tensor | None, device: torch.device, below: Parked | None) -> None:
         self.host: Tensor | None = host
+        self.room = room  # the pinned bytes that it lies in
         self.device = device
         self.below = None if below is None else weakref.ref(below)
         self.coming: tuple[Tensor, torch.cuda.Event] | None = None
@@ -34,12 +35,13 @@ class Shelf:
     def put(self, x: Tensor) -> Parked:
         """Take x; the caller may forget it."""
         if not x.is_cuda:
-            return Parked(x, x.device, None)
+            return Parked(x, None, x.device, None)
         if self._stream is None:
             self._stream = torch.cuda.Stream(x.device)  # type: ignore[no-untyped-call]  # torch's
         size = x.numel() * x.element_size()
-        room = self._free[size].pop() if self._free[size] else torch.empty(size, dtype=torch.uint8, pin_memory=True)
-        host = room.view(x.dtype).view(x.shape)
+        whole = 1 << (size - 1).bit_length()  # what torch pins for it; so rows of every width find room again
+        room = self._free[whole].pop() if self._free[whole] else torch.empty(whole, dtype=torch.uint8, pin_memory=True)
+        host = room[:size].view(x.dtype).view(x.shape)
         here = torch.cuda.current_stream(x.device)
         self._stream.wait_stream(here)
         with torch.cuda.stream(self._stream):
@@ -47,7 +49,7 @@ class Shelf:
             done = self._stream.record_event()
         self._release(here)
         self._leaving = (x, done)  # its memory must not be used again before the copy is done
-        parked = Parked(host, x.device, None if self._last is None else self._last())
+        parked = Parked(host, room, x.device, None if self._last is None else self._last())
         self._last = weakref.ref(parked)
         return parked
 
@@ -81,9 +83,9 @@ class Shelf:
             x.copy_(parked.host, non_blocking=True)
             parked.coming = x, self._stream.record_event()
         # Whoever is given this memory next writes it on the same stream, after the copy.
-        room = parked.host.view(-1).view(torch.uint8)
-        self._free[len(room)].append(room)
-        parked.host = None
+        assert parked.room is not None, "on a card it lies in pinned memory"
+        self._free[len(parked.room)].append(parked.room)
+        parked.host = parked.room = None
 
     def _release(self, here: torch.cuda.Stream) -> None:
         if self._leaving is not None:

@@ -70,10 +70,11 @@ def require_fp8(model: nn.Module, dtype: torch.dtype) -> None:
     blocks = [block for module in model.modules() if (block := block_of(module, shelf)) is not None]
     layers = getattr(_inner(model).base_model, "layers", ())
     model.train()  # where dropout shows
-    reason = next((why for block in blocks if (why := block.why_not_fp8(dtype)) is not None), None)
+    reasons = (block.why_general(dtype) or block.why_not_fp8(dtype) for block in blocks)
+    reason = next(filter(None, reasons), None)
     model.train(was)
     if len(blocks) < max(1, len(layers)):
-        reason = f"its decoder layers must be those of {', '.join(FAMILIES)}"
+        reason = f"its decoder layers must be those of {', '.join(FAMILIES)}, with frozen norms"
     elif len(blocks) <= FIRST_IN_16_BITS:
         reason = "it has one decoder layer, and the first stays in 16 bits"
     if reason is not None:
@@ -86,12 +87,18 @@ def _inner(model: nn.Module) -> Any:
     return model if unwrap is None else unwrap()
 
 
-def general_note(model: nn.Module) -> str | None:
-    """Return what is to be said of a swapped model on a card whose layers are not of one function; None if they are."""
-    blocks = any(isinstance(module, LeanBlock) for module in model.modules())
-    if blocks or not fuse.on(next(model.parameters()).device):
+def general_note(model: nn.Module, dtype: torch.dtype) -> str | None:
+    """Return what is to be said of a swapped model on a card, computing in `dtype`, whose layers do not run as one
+
+    function each; None if they do.
+    """
+    if not fuse.on(next(model.parameters()).device):
         return None
-    return (
-        "this model's layers run in their general form, with equal results, slower and with more memory: the quick one "
-        f"is for {', '.join(FAMILIES)} with a frozen base"
-    )
+    blocks = [module for module in model.modules() if isinstance(module, LeanBlock)]
+    why = f"the quick one is for {', '.join(FAMILIES)} with frozen norms"
+    if blocks:
+        reasons = [reason for block in blocks if (reason := block.why_general(dtype)) is not None]
+        if not reasons:
+            return None
+        why = reasons[0]
+    return f"this model's layers run in their general form, with equal results, slower and with more memory: {why}"

@@ -18,7 +18,7 @@ from torch import nn
 
 from decal.data.batch import Batch
 from decal.errors import RunError
-from decal.model.lean import lean, require_fp8
+from decal.model.lean import general_note, lean, require_fp8
 from decal.model.random import random_model
 from decal.model.wrapper import PeftModel
 from decal.ops import workspace
@@ -83,8 +83,11 @@ class Bench:
         return self.flops / self.seconds / self.rate
 
 
-def bench(work: Work) -> Bench:
-    """Measure decal. Raises RunError if the loss does not fall or the gradient is zero."""
+def bench(work: Work, say: Callable[[str], object] = lambda text: None) -> Bench:
+    """Measure decal; `say` is told where layers or steps take a slower way.
+
+    Raises RunError if the loss does not fall or the gradient is zero.
+    """
     numbers = precision.resolve(work.precision, precision.pick_device(work.device))
     rate = product_rate(numbers)
     model = PeftModel(
@@ -109,13 +112,15 @@ def bench(work: Work) -> Bench:
     scaler = numbers.scaler()
 
     paged = isinstance(optimizer, Paged)  # its states watch every backward pass, as in training
-    run = backward if paged else Graphs(numbers, say=lambda text: None).backward
+    run = backward if paged else Graphs(numbers, say=say).backward
 
     def step() -> tuple[float, float]:
         result = take_step(model, [batch], loss, optimizer, scaler, precision=numbers, limit=math.inf, run=run)
         return result.loss, result.grad_norm
 
     with lean(model, fp8=numbers.fp8):
+        if (slower := general_note(model, numbers.dtype)) is not None:
+            say(slower)
         figures = timed(step, work, numbers.device)
         parts = parts_of(model, batch, loss, optimizer, numbers)
     workspace.release()
@@ -140,6 +145,8 @@ def batch_of(work: Work, *, vocabulary: int) -> Batch:
 def timed(step: Callable[[], tuple[float, float]], work: Work, device: torch.device) -> dict[str, Any]:
     """Run warm-up and timed steps of (loss, gradient norm) and return what Bench holds of them."""
     seconds, seen = [], []
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # what building the model has left
     for number in range(WARM_UP + work.steps):
         if number == RESET and device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
@@ -151,7 +158,7 @@ def timed(step: Callable[[], tuple[float, float]], work: Work, device: torch.dev
         raise RunError(
             "the benchmark learnt nothing, so its speed means nothing",
             got=f"loss {first:.4f} -> {last:.4f}, gradient norm {norm:.3g}",
-            fix="Give --steps more, or another --lr.",
+            fix="Give more --steps.",
         )
     median = statistics.median(seconds[WARM_UP:])
     card = device.type == "cuda"

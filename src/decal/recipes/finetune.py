@@ -125,9 +125,9 @@ def train(
     on_host = budget.wants_embedding_on_host(job.model, config, device)
     with (
         lean(job.model, embedding_on_host=on_host, fp8=job.numbers.fp8),  # less kept for backward
-        budget.spent(job.model, config, device, lambda text: report("note", text=text)) as spend,
+        budget.spent(job.model, config, job.numbers, lambda text: report("note", text=text)) as spend,
     ):
-        if (slower := general_note(job.model)) is not None:
+        if (slower := general_note(job.model, job.numbers.dtype)) is not None:
             report("note", text=slower)
         return loop.train(
             job.model,

@@ -29,6 +29,8 @@ from decal.training import precision
 
 # Packages of each system; and bitsandbytes, where the base is quantised.
 NEEDS = {"peft": ("peft",), "peft+liger": ("peft", "liger_kernel"), "unsloth": ("unsloth", "unsloth_zoo")}
+CODES = {"unsloth": ("nf4",)}  # what a system stores a base in, where that is not all of FOUR_BITS
+FOUR_BITS = ("nf4", "fp4")
 ON_A_CARD = {"liger_kernel", "unsloth"}
 FIRST = {"unsloth": "import unsloth; "}  # it wants to be imported before transformers
 
@@ -39,6 +41,9 @@ def installed(work: Work) -> tuple[list[str], list[str]]:
     for system, packages in NEEDS.items():
         wanted = (*packages, *(("bitsandbytes",) if work.quantize else ()))
         missing = [name for name in wanted if importlib.util.find_spec(name) is None]
+        if work.quantize not in (None, *CODES.get(system, FOUR_BITS)):
+            lacking.append(f"{system} (no {work.quantize} as decal's)")
+            continue
         on_cpu = bool(ON_A_CARD & {*wanted}) and precision.pick_device(work.device).type != "cuda"
         if missing or on_cpu:
             lacking.append(f"{system} (needs {', '.join(missing) or 'a CUDA card'})")
@@ -58,7 +63,10 @@ def measure(work: Work, system: str) -> Bench:
     if done.returncode != 0:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise RunError(f"{system} could not do the work", got=last, fix="Leave --peers out, or give smaller work.")
-    return Bench(**json.loads(done.stdout.strip().splitlines()[-1]))
+    figures = [line for line in done.stdout.splitlines() if line.startswith('{"system"')]  # libraries print, too
+    if not figures:
+        raise RunError(f"{system} gave no figures", fix="Leave --peers out, or give smaller work.")
+    return Bench(**json.loads(figures[-1]))
 
 
 def peft_model(work: Work, *, liger: bool) -> Any:
@@ -140,30 +148,36 @@ def timed(system: str, model: Any, work: Work, rate: float) -> Bench:
     batch = bench.batch_of(work, vocabulary=model.config.vocab_size).to(numbers.device)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=work.lr, weight_decay=0.0, fused=True)
-    parts: dict[str, float] = {}
+    moments: list[float] | None = None  # of the parts of a step, each waited for
+
+    def passed() -> None:
+        if moments is not None:
+            moments.append(bench.now(numbers.device))
 
     def step() -> tuple[float, float]:
-        began = bench.now(numbers.device)
+        passed()
         with numbers.autocast():
             loss = model(input_ids=batch.input_ids, labels=batch.labels, use_cache=False).loss
-        forward = bench.now(numbers.device)
+        passed()
         loss.backward()
-        both = bench.now(numbers.device)
+        passed()
         norm = torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        moved = bench.now(numbers.device)
-        parts.update(forward=forward - began, backward=both - forward, optimizer=moved - both)
+        passed()
         return loss.item(), norm.item()
 
     figures = bench.timed(step, work, numbers.device)
+    moments = []
+    step()
+    began, forward, both, moved = moments
     return Bench(
         system=system,
         device=bench.device_name(numbers.device),
         precision=numbers.name,
         flops=0.0,  # the same work: decal's figure holds
         rate=rate,
-        parts=dict(parts),
+        parts={"forward": forward - began, "backward": both - forward, "optimizer": moved - both},
         **figures,
     )
 

@@ -3,8 +3,9 @@
 Every decoder layer that runs as one function (layers/block.py) keeps what its backward reads, or its input alone, on
 the card or in host memory. A run begins with the least, measures one warm step, and then spends what is left: layers
 keep everything from the last one down (their memory is free again when the first ones run backward), and of the others
-as many inputs as fit stay on the card. After two more steps the plan is corrected by what they took. The allocator is
-told the limit, so that a step beyond it fails, and is run again with less kept, rather than takes more.
+as many inputs as fit stay on the card. After four more steps the plan is corrected by what they took. The allocator is
+told the limit, so that a step beyond it fails, and is run again with less kept, rather than takes more. Without a limit
+the budget is all of the card: layers keep everything until a step runs out of memory.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from decal.training.step import Backward
 GIB = 2**30
 UNITS = {"kib": 2**10, "mib": 2**20, "gib": GIB, "kb": 10**3, "mb": 10**6, "gb": 10**9}
 CONTEXT = 0.6 * GIB  # of a CUDA context with its libraries, where it cannot be measured
+LARGEST_CONTEXT = 1.5 * GIB  # what is more than this is of other processes, too
 SPARE = 0.02  # of the budget: blocks of the allocator that no tensor fills
 WARM, SETTLED = 2, 4  # steps after which the plan is made, and corrected
 
@@ -98,22 +100,23 @@ def tokens_of(config: RunConfig) -> int:
 
 @contextmanager
 def spent(
-    model: nn.Module, config: RunConfig, device: torch.device, say: Callable[[str], object]
+    model: nn.Module, config: RunConfig, numbers: Precision, say: Callable[[str], object]
 ) -> Iterator[Budget | None]:
     """Yield the budget of a run whose layers have been swapped (model/lean.py); the limit holds inside the block.
 
-    None without a budget, or where it cannot be kept, which is said.
+    None where there is nothing to choose; a limit that cannot be kept is said.
     """
-    if config.train.memory is None:
-        yield None
-    elif device.type != "cuda":
-        say("train.memory bounds a CUDA card's memory; here it changes nothing")
-        yield None
-    elif not any(isinstance(module, LeanBlock) for module in model.modules()):
-        say("train.memory changes nothing: this model's layers do not run as one function each (docs/performance.md)")
+    device, limit = numbers.device, None if config.train.memory is None else parse(config.train.memory)
+    blocks = [module for module in model.modules() if isinstance(module, LeanBlock)]
+    general = not blocks or any(block.why_general(numbers.dtype) is not None for block in blocks)
+    if device.type != "cuda" or general or (limit is None and config.train.gradient_checkpointing):
+        if limit is not None and device.type != "cuda":
+            say("train.memory bounds a CUDA card's memory; here it changes nothing")
+        elif limit is not None:
+            say("train.memory changes nothing: it chooses what layers keep that run as one function each")
         yield None
     else:
-        spend = Budget(model, parse(config.train.memory), tokens=tokens_of(config), device=device, say=say)
+        spend = Budget(model, limit, tokens=tokens_of(config), numbers=numbers, say=say)
         try:
             yield spend
         finally:
@@ -124,19 +127,31 @@ class Budget:
     """The memory of one run on a card."""
 
     def __init__(
-        self, model: nn.Module, limit: int, *, tokens: int, device: torch.device, say: Callable[[str], object]
+        self, model: nn.Module, limit: int | None, *, tokens: int, numbers: Precision, say: Callable[[str], object]
     ) -> None:
-        """`tokens` are those of the largest micro-batch."""
+        """`tokens` are those of the largest micro-batch, `limit` is in bytes; None is the whole card, not measured."""
         self.layers = [module for module in model.modules() if isinstance(module, LeanBlock)]
-        self.limit, self.tokens, self.device, self.say = limit, tokens, device, say
-        self.plan = Plan(0, 0)
-        self.steps = 0
+        self.tokens, self.device, self.say = tokens, numbers.device, say
+        self.size = numbers.dtype.itemsize
+        self.steps, self.ran_out = 0, False
+        self.start = Plan(0, 0) if limit is not None else Plan(len(self.layers), 0)
+        self.plan = self.start
         self._set(self.plan)
-        free, total = torch.cuda.mem_get_info(device)
-        others = total - free - torch.cuda.memory_reserved(device)  # the context, and other processes on the card
-        self.context = int(min(others, CONTEXT) if others > 0 else CONTEXT)
-        torch.cuda.empty_cache()
-        torch.cuda.set_per_process_memory_fraction(min(1.0, max(0, limit - self.context) / total), device.index)
+        self.limit = limit
+        if limit is not None:
+            free = torch.cuda.mem_get_info(self.device)[0]
+            there = int(free + torch.cuda.memory_reserved(self.device) + self.context())
+            if there < limit:
+                say(f"{there / GIB:.2f} GiB of the card's memory are free, less than train.memory: they are the budget")
+                self.limit = there
+            torch.cuda.empty_cache()
+            self._bound()
+
+    def context(self) -> float:
+        """Return what CUDA and its libraries hold on the card besides torch's memory; they load more as they go."""
+        free, total = torch.cuda.mem_get_info(self.device)
+        others = total - free - torch.cuda.memory_reserved(self.device)
+        return others if 0 < others <= LARGEST_CONTEXT else CONTEXT
 
     def guarded(self, run: Backward, forget: Callable[[], object]) -> Backward:
         """Return `run`, which starts anew with less kept where it runs out of memory. `forget` undoes recordings."""
@@ -164,21 +179,27 @@ class Budget:
     def halved(self) -> None:
         """Note that micro-batches have half the tokens from here on: what is kept is chosen anew by what they take."""
         self.tokens = -(-self.tokens // 2)
-        self.steps = 0
+        self.steps, self.ran_out = 0, False
+        self.plan = self.start
+        self._set(self.plan)
 
     def stepped(self, forget: Callable[[], object]) -> None:
         """Note a finished step; make or correct the plan where it is time."""
         self.steps += 1
+        if self.limit is None:
+            return
         if self.steps == WARM - 1:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(self.device)
         elif self.steps == WARM:
             peak = torch.cuda.max_memory_allocated(self.device)
-            room = (1 - SPARE) * self.limit - self.context - peak
+            self._bound()
+            room = (1 - SPARE) * self.limit - self.context() - peak
             self._choose(fill(room, layers=len(self.layers), kept=self._kept(), given=self._input()), forget)
         elif self.steps == WARM + SETTLED:
-            room = (1 - SPARE) * self.limit - self.context - torch.cuda.memory_reserved(self.device)
-            if room < 0 or room >= self._input():
+            self._bound()
+            room = (1 - SPARE) * self.limit - self.context() - torch.cuda.memory_reserved(self.device)
+            if room < 0 or (room >= self._input() and not self.ran_out):
                 room += self.plan.keep * self._kept() + self.plan.inputs * self._input()
                 plan = fill(room, layers=len(self.layers), kept=self._kept(), given=self._input())
                 if plan != self.plan:
@@ -190,32 +211,44 @@ class Budget:
         forget()
         torch.cuda.empty_cache()
         others = len(self.layers) - plan.keep
+        whole = "the card's memory" if self.limit is None else f"a budget of {self.limit / GIB:.2f} GiB"
         self.say(
             f"of {len(self.layers)} layers {plan.keep} keep their activations, {others} are computed again in backward"
-            f" ({others - plan.inputs} with their inputs in host memory), for a budget of {self.limit / GIB:.2f} GiB"
+            f" ({others - plan.inputs} with their inputs in host memory), for {whole}"
         )
 
     def _less(self) -> None:
         """Keep less than now. Raises NoRoom where nothing is left to give up."""
         if self.plan.keep == 0 and self.plan.inputs == 0:
-            least = torch.cuda.max_memory_reserved(self.device) + self.context
+            least = torch.cuda.max_memory_reserved(self.device) + self.context()
+            whole = "the card's memory" if self.limit is None else f"train.memory={self.limit / GIB:.2f} GiB"
             raise NoRoom(
                 "the budget cannot be met: with every layer computed again and its input in host memory a step still "
                 "needs more",
-                got=f"train.memory={self.limit / GIB:.2f} GiB, and more than {least / GIB:.2f} GiB asked for",
+                got=f"{whole}, and more than {least / GIB:.2f} GiB asked for",
                 fix="Shorten data.max_length, or use train.optimizer=adamw8bit or quantize=nf4.",
             )
+        self.ran_out = True
         down = max(1, self.plan.keep // 8)
-        plan = Plan(self.plan.keep - down, self.plan.inputs) if self.plan.keep else Plan(0, self.plan.inputs // 2)
+        # Without a limit, which is measured, inputs stay on the card as long as layers have something else to give up.
+        given = self.plan.inputs + (down if self.limit is None else 0)
+        plan = Plan(self.plan.keep - down, given) if self.plan.keep else Plan(0, self.plan.inputs // 2)
         self.say("a step ran out of memory and is run again with less kept")
         self._choose(plan, lambda: None)
+
+    def _bound(self) -> None:
+        """Tell torch's allocator the limit."""
+        assert self.limit is not None, "there is a limit"
+        total = torch.cuda.mem_get_info(self.device)[1]
+        share = min(1.0, max(0, self.limit - self.context()) / total)
+        torch.cuda.set_per_process_memory_fraction(share, self.device.index)
 
     def _set(self, plan: Plan) -> None:
         for layer, memory in zip(self.layers, plan.modes(len(self.layers)), strict=True):
             layer.memory = memory  # type: ignore[assignment]  # one of Memory's words
 
     def _kept(self) -> int:
-        return self.tokens * self.layers[0].kept_bytes()
+        return self.tokens * self.layers[0].kept_bytes(self.size)
 
     def _input(self) -> int:
-        return self.tokens * self.layers[0].input_bytes()
+        return self.tokens * self.layers[0].input_bytes(self.size)
