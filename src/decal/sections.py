@@ -91,7 +91,8 @@ class TrainConfig(Settings):
     )
     memory: str | None = Field(
         default=None,
-        description="A card's memory to spend, such as `8GiB`: decides what layers keep.",
+        description="A card's memory to spend and not to exceed, such as `8GiB`: decides what layers keep. Without it "
+        "they keep everything until memory runs out.",
     )
     cuda_graphs: bool = Field(
         default=True,

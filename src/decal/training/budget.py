@@ -5,7 +5,7 @@ the card or in host memory. A run begins with the least, measures one warm step,
 keep everything from the last one down (their memory is free again when the first ones run backward), and of the others
 as many inputs as fit stay on the card. After four more steps the plan is corrected by what they took. The allocator is
 told the limit, so that a step beyond it fails, and is run again with less kept, rather than takes more. Without a limit
-the budget is all of the card: layers keep everything until a step runs out of memory.
+layers keep everything until a step runs out of memory; from there on all that the card has is the budget.
 """
 
 from __future__ import annotations
@@ -129,23 +129,17 @@ class Budget:
     def __init__(
         self, model: nn.Module, limit: int | None, *, tokens: int, numbers: Precision, say: Callable[[str], object]
     ) -> None:
-        """`tokens` are those of the largest micro-batch, `limit` is in bytes; None is the whole card, not measured."""
+        """`tokens` are those of the largest micro-batch, `limit` is in bytes."""
         self.layers = [module for module in model.modules() if isinstance(module, LeanBlock)]
         self.tokens, self.device, self.say = tokens, numbers.device, say
         self.size = numbers.dtype.itemsize
-        self.steps, self.ran_out = 0, False
-        self.start = Plan(0, 0) if limit is not None else Plan(len(self.layers), 0)
-        self.plan = self.start
-        self._set(self.plan)
-        self.limit = limit
+        self.limit: int | None = None
         if limit is not None:
-            free = torch.cuda.mem_get_info(self.device)[0]
-            there = int(free + torch.cuda.memory_reserved(self.device) + self.context())
+            there = self._there()
             if there < limit:
                 say(f"{there / GIB:.2f} GiB of the card's memory are free, less than train.memory: they are the budget")
-                self.limit = there
-            torch.cuda.empty_cache()
-            self._bound()
+            self.limit = min(limit, there)
+        self._begin()
 
     def context(self) -> float:
         """Return what CUDA and its libraries hold on the card besides torch's memory; they load more as they go."""
@@ -179,9 +173,7 @@ class Budget:
     def halved(self) -> None:
         """Note that micro-batches have half the tokens from here on: what is kept is chosen anew by what they take."""
         self.tokens = -(-self.tokens // 2)
-        self.steps, self.ran_out = 0, False
-        self.plan = self.start
-        self._set(self.plan)
+        self._begin()
 
     def stepped(self, forget: Callable[[], object]) -> None:
         """Note a finished step; make or correct the plan where it is time."""
@@ -205,34 +197,53 @@ class Budget:
                 if plan != self.plan:
                     self._choose(plan, forget)
 
+    def _begin(self) -> None:
+        """Begin with the least, to measure what is left of the limit; without one with everything."""
+        self.steps, self.ran_out = 0, False
+        self.plan = Plan(len(self.layers), 0) if self.limit is None else Plan(0, 0)
+        self._set(self.plan)
+        if self.limit is not None:
+            torch.cuda.empty_cache()
+            self._bound()
+
+    def _there(self) -> int:
+        """Return the bytes of the card that this process has or could have."""
+        free = torch.cuda.mem_get_info(self.device)[0]
+        return int(free + torch.cuda.memory_reserved(self.device) + self.context())
+
     def _choose(self, plan: Plan, forget: Callable[[], object]) -> None:
         self.plan = plan
         self._set(plan)
         forget()
         torch.cuda.empty_cache()
         others = len(self.layers) - plan.keep
-        whole = "the card's memory" if self.limit is None else f"a budget of {self.limit / GIB:.2f} GiB"
+        assert self.limit is not None, "there is a limit"
         self.say(
             f"of {len(self.layers)} layers {plan.keep} keep their activations, {others} are computed again in backward"
-            f" ({others - plan.inputs} with their inputs in host memory), for {whole}"
+            f" ({others - plan.inputs} with their inputs in host memory), for a budget of {self.limit / GIB:.2f} GiB"
         )
 
     def _less(self) -> None:
         """Keep less than now. Raises NoRoom where nothing is left to give up."""
+        if self.limit is None:
+            self.limit = self._there()
+            self._begin()
+            self.say(
+                "a step ran out of memory: from here on the card's memory is a budget, and layers keep what fits "
+                f"({self.limit / GIB:.2f} GiB)"
+            )
+            return
         if self.plan.keep == 0 and self.plan.inputs == 0:
             least = torch.cuda.max_memory_reserved(self.device) + self.context()
-            whole = "the card's memory" if self.limit is None else f"train.memory={self.limit / GIB:.2f} GiB"
             raise NoRoom(
                 "the budget cannot be met: with every layer computed again and its input in host memory a step still "
                 "needs more",
-                got=f"{whole}, and more than {least / GIB:.2f} GiB asked for",
+                got=f"a budget of {self.limit / GIB:.2f} GiB, and more than {least / GIB:.2f} GiB asked for",
                 fix="Shorten data.max_length, or use train.optimizer=adamw8bit or quantize=nf4.",
             )
         self.ran_out = True
         down = max(1, self.plan.keep // 8)
-        # Without a limit, which is measured, inputs stay on the card as long as layers have something else to give up.
-        given = self.plan.inputs + (down if self.limit is None else 0)
-        plan = Plan(self.plan.keep - down, given) if self.plan.keep else Plan(0, self.plan.inputs // 2)
+        plan = Plan(self.plan.keep - down, self.plan.inputs) if self.plan.keep else Plan(0, self.plan.inputs // 2)
         self.say("a step ran out of memory and is run again with less kept")
         self._choose(plan, lambda: None)
 
