@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
+
+from decal.ops.segments import Segments, segments
 
 IGNORE = -100  # the label of a token outside the loss, transformers' convention
 
@@ -21,6 +24,11 @@ class Batch:
     input_ids: Tensor
     labels: Tensor
     position_ids: Tensor | None
+
+    @cached_property
+    def segments(self) -> Segments | None:
+        """Where samples begin, found once; None where rows are no packed ones."""
+        return None if self.position_ids is None else segments(self.position_ids)
 
     @property
     def tokens(self) -> int:

@@ -23,7 +23,7 @@ from decal.data.batch import IGNORE, Batch
 from decal.model import direct
 from decal.ops import workspace
 from decal.ops.loss import check_targets, cross_entropy_of_rows
-from decal.ops.segments import Segments, segments
+from decal.ops.segments import Segments
 from decal.training import head, step
 from decal.training.losses import SFT, Loss, longest, shifted
 from decal.training.precision import Precision
@@ -43,6 +43,8 @@ def width_of(width: int) -> int:
 def widened(batch: Batch) -> Batch:
     """Return the batch with padding at the right up to its `width_of`, none of it learnt."""
     more = width_of(batch.input_ids.shape[1]) - batch.input_ids.shape[1]
+    if more == 0:
+        return batch
     places = batch.position_ids
     if places is not None:
         places = torch.cat((places, torch.arange(more).expand(len(places), more)), 1)
@@ -91,13 +93,12 @@ def fixed(body: nn.Module, batch: Batch, vocabulary: int) -> Fixed:
     rows, spare = live.nonzero().flatten(), (~live).nonzero().flatten()
     spare = spare[: -len(rows) % FILL]
     check_targets(labels[rows], vocabulary)
-    where = None if batch.position_ids is None else segments(batch.position_ids)
     return Fixed(
         inputs=direct.embedded(body, batch.input_ids),
         rows=torch.cat((rows, spare)),
         targets=torch.cat((labels[rows], torch.full_like(spare, -1))),
         places=batch.position_ids,
-        where=where,
+        where=batch.segments,
     )
 
 

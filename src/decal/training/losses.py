@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from decal.data.batch import IGNORE, Batch
 from decal.model import direct
 from decal.ops.loss import chunked_cross_entropy
-from decal.ops.segments import segments
 from decal.training import head
 
 Note = Callable[[str], None]
@@ -59,14 +58,14 @@ def hidden_states(body: nn.Module, batch: Batch, device: torch.device) -> Tensor
         out: Tensor = body(**_inputs(batch, device)).last_hidden_state
         return out
     inputs, places = direct.embedded(body, batch.input_ids).to(device), batch.position_ids
-    if places is None:
+    if places is None or batch.segments is None:
         return direct.run(body, inputs, None, None)
-    return direct.run(body, inputs, places.to(device), segments(places).to(device))
+    return direct.run(body, inputs, places.to(device), batch.segments.to(device))
 
 
 def longest(batch: Batch) -> int:
     """Return the tokens of the longest sample; where rows are no packed ones, of a row."""
-    return batch.input_ids.shape[1] if batch.position_ids is None else segments(batch.position_ids).longest
+    return batch.input_ids.shape[1] if batch.segments is None else batch.segments.longest
 
 
 def _inputs(batch: Batch, device: torch.device) -> dict[str, Any]:
