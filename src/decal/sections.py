@@ -91,8 +91,8 @@ class TrainConfig(Settings):
     )
     memory: str | None = Field(
         default=None,
-        description="A card's memory to spend and not to exceed, such as `8GiB`: decides what layers keep. Without it "
-        "they keep everything until memory runs out.",
+        description="A card's memory to spend and not to exceed, such as `8GiB`, or `free` for all that is free: "
+        "decides what layers keep, in the place of `gradient_checkpointing`.",
     )
     cuda_graphs: bool = Field(
         default=True,

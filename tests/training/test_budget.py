@@ -13,7 +13,7 @@ from torch import nn
 from decal import LoraConfig, get_peft_model
 from decal.errors import ConfigError, RunError
 from decal.layers.block import LeanBlock
-from decal.model.lean import lean
+from decal.model.lean import general_note, lean
 from decal.ops import fuse
 from decal.spec import RunConfig
 from decal.training import budget
@@ -28,6 +28,7 @@ def test_sizes() -> None:
     assert parse("8GiB") == 8 * 2**30
     assert parse(" 7.5 GB ") == 7_500_000_000
     assert parse("512mib") == 2**29
+    assert parse("free") is None
 
 
 @pytest.mark.parametrize("text", ["8", "GiB", "0GiB", "-1GiB", "8G", "8 GiB please"])
@@ -97,7 +98,8 @@ def _kept(out: torch.Tensor) -> int:
 def test_a_budget_without_a_card_is_said(tmp_path: Path) -> None:
     config = RunConfig(model="m", data={"path": "d"}, train={"memory": "8GiB"})
     said: list[str] = []
-    with budget.spent(models.make("llama"), config, Precision(name="fp32", device=CPU), said.append) as spend:
+    numbers = Precision(name="fp32", device=CPU)
+    with budget.spent(models.make("llama"), config, numbers, tokens=1, say=said.append) as spend:
         assert spend is None
     assert said == ["train.memory bounds a CUDA card's memory; here it changes nothing"]
     assert not budget.wants_embedding_on_host(models.make("llama"), config, CPU)
@@ -136,12 +138,10 @@ def swapped() -> Iterator[nn.Module]:
         yield model
 
 
-def spend(
-    model: nn.Module, card: Card, limit: float | None, monkeypatch: pytest.MonkeyPatch
-) -> tuple[Budget, list[str]]:
+def spend(model: nn.Module, card: Card, limit: float, monkeypatch: pytest.MonkeyPatch) -> tuple[Budget, list[str]]:
     said: list[str] = []
     numbers = Precision(name="bf16", device=torch.device("cuda"))
-    spent = Budget(model, None if limit is None else int(limit * GIB), tokens=1, numbers=numbers, say=said.append)
+    spent = Budget(model, int(limit * GIB), tokens=1, numbers=numbers, say=said.append)
     monkeypatch.setattr(spent, "_kept", lambda: GIB)
     monkeypatch.setattr(spent, "_input", lambda: GIB // 10)
     card.layers = spent.layers
@@ -213,27 +213,28 @@ def out_of_memory_while(condition: Callable[[], bool]) -> Callable[..., torch.Te
     return run
 
 
-def test_without_a_limit_layers_keep_everything_until_memory_runs_out(
-    swapped: nn.Module, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_free_is_what_the_card_has_free(swapped: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     card = Card(monkeypatch, fixed=5.8)
-    spent, said = spend(swapped, card, None, monkeypatch)
-    assert [layer.memory for layer in spent.layers] == ["keep", "keep"]
-    for _ in range(WARM + SETTLED):
-        spent.stepped(lambda: None)
-    assert card.fraction == 1.0
-    assert said == []
-    numbers = Precision(name="fp32", device=CPU)
-    arguments: Any = (swapped, [], None, numbers.scaler())
-    spent.guarded(out_of_memory_while(lambda: spent.plan.keep > 0), lambda: None)(*arguments, precision=numbers)
-    assert [layer.memory for layer in spent.layers] == ["offload", "offload"]
-    assert said == [
-        "a step ran out of memory: from here on the card's memory is a budget, and layers keep what fits (80.00 GiB)"
-    ]
-    card.fixed = 76.4  # of 80, of which 2% are spare and 0.6 the context's: 1.4 are left
-    for _ in range(WARM + SETTLED):
-        spent.stepped(lambda: None)
-    assert [layer.memory for layer in spent.layers] == ["recompute", "keep"]
+    assert budget.limit_of("free", torch.device("cuda")) == pytest.approx(80 * GIB, abs=2)
+    card.others = 60.0  # another process
+    assert budget.limit_of("free", torch.device("cuda")) == pytest.approx(20.6 * GIB, abs=2)
+    assert budget.limit_of("8GiB", torch.device("cuda")) == 8 * GIB
+
+
+@pytest.mark.parametrize("settings", [{"use_dora": True}, {"bias": "lora_only"}])
+def test_layers_that_do_not_run_as_one_function_have_no_budget(settings: dict[str, Any]) -> None:
+    lora = LoraConfig(r=4, target_modules="all-linear", **settings)
+    model = get_peft_model(models.make("llama-biased", torch.bfloat16), lora).train()
+    config = RunConfig(model="m", data={"path": "d"}, train={"memory": "8GiB"})
+    numbers, said = Precision(name="bf16", device=torch.device("cuda")), list[str]()
+    with fuse.forced("plain"), lean(model), budget.spent(model, config, numbers, tokens=1, say=said.append) as spend:
+        assert spend is None
+        note = general_note(model, torch.bfloat16)
+    assert said[0].startswith("train.memory changes nothing")
+    assert note is not None
+    assert note.endswith(
+        "it needs at most one adapter, of plain LoRA, on frozen weights and biases that decal can decode"
+    )
 
 
 def test_what_ran_out_of_memory_is_not_kept_again(swapped: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -80,7 +80,7 @@ def train(
         Precision | None, typer.Option(help="auto, fp32, bf16, fp16; fp8 on Hopper and later (default: auto).")
     ] = None,
     memory: Annotated[
-        str | None, typer.Option(help="A card's memory to spend and not to exceed, such as 8GiB (default: all).")
+        str | None, typer.Option(help="A card's memory to spend, never to exceed: 8GiB, or free for all that is.")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Of everything random (default: 0).")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 (default: auto).")] = None,

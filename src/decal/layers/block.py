@@ -132,7 +132,7 @@ class LeanBlock(nn.Module):
             or rotation[0].shape[-1] != attention.head_dim
             or rotation[0].dtype != x.dtype
             or x.dtype != _computed(x)
-            or self.why_general(x.dtype) is not None
+            or self._unlike(x.dtype) is not None
         ):
             return None
         found = self.products(x.dtype)
@@ -160,8 +160,7 @@ class LeanBlock(nn.Module):
             shelf=self.shelf,
         )
 
-    def why_general(self, dtype: torch.dtype) -> str | None:
-        """Return why the layer never runs as one function where it computes in `dtype`; None if it may."""
+    def _unlike(self, dtype: torch.dtype) -> str | None:
         attention: Any = self.self_attn
         config = attention.config
         stored = next((n.weight.dtype for n in norms_of(self).every() if n.weight.dtype != dtype), None)
@@ -175,6 +174,12 @@ class LeanBlock(nn.Module):
         if (getattr(config, "rope_parameters", None) or {}).get("partial_rotary_factor", 1.0) != 1.0:
             return "it turns a part of each head"
         return None
+
+    def why_general(self, dtype: torch.dtype) -> str | None:
+        """Return why the layer never runs as one function where it computes in `dtype`; None if it may."""
+        if (unlike := self._unlike(dtype)) is not None or self.products(dtype) is not None:
+            return unlike
+        return "it needs at most one adapter, of plain LoRA, on frozen weights and biases that decal can decode"
 
     def products(self, dtype: torch.dtype) -> list[Product] | None:
         """Return the frozen weights; None if the one function cannot use one of them, or its adapters."""
@@ -194,6 +199,8 @@ class LeanBlock(nn.Module):
 
     def why_not_fp8(self, dtype: torch.dtype) -> str | None:
         """Return why the layer's products cannot be computed in 8-bit floats; None if they can."""
+        if (unlike := self._unlike(dtype)) is not None:
+            return unlike
         found = self.products(dtype)
         if found is None or any(_drop(linear, torch.device("cpu")) is not None for linear in self.linears()):
             return "it needs one plain LoRA adapter on frozen weights, without dropout, DoRA or trained biases"

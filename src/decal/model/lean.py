@@ -70,7 +70,7 @@ def require_fp8(model: nn.Module, dtype: torch.dtype) -> None:
     blocks = [block for module in model.modules() if (block := block_of(module, shelf)) is not None]
     layers = getattr(_inner(model).base_model, "layers", ())
     model.train()  # where dropout shows
-    reasons = (block.why_general(dtype) or block.why_not_fp8(dtype) for block in blocks)
+    reasons = (block.why_not_fp8(dtype) for block in blocks)
     reason = next(filter(None, reasons), None)
     model.train(was)
     if len(blocks) < max(1, len(layers)):

@@ -105,7 +105,8 @@ def look_ahead(
         grader.foresee(config, numbers, batches, held_out)
     if config.train.memory is not None and numbers.device.type == "cuda":
         try:
-            budgeted.refuse_too_small(wanted_of(config, numbers, batches, held_out), budget.parse(config.train.memory))
+            limit = budget.limit_of(config.train.memory, numbers.device)
+            budgeted.refuse_too_small(wanted_of(config, numbers, batches, held_out), limit)
         except DecalError:
             raise
         except Exception as error:  # a forecast that cannot be made stops no run
@@ -123,12 +124,17 @@ def train(
     """Run the training loop on the lean forms of the model's layers, within the budget of memory where there is one."""
     config, device = job.config, job.numbers.device
     on_host = budget.wants_embedding_on_host(job.model, config, device)
+    tokens = budget.tokens_of(config, None if config.train.memory is None else job.batches.largest())
+
+    def note(text: str) -> None:
+        report("note", text=text)
+
     with (
         lean(job.model, embedding_on_host=on_host, fp8=job.numbers.fp8),  # less kept for backward
-        budget.spent(job.model, config, job.numbers, lambda text: report("note", text=text)) as spend,
+        budget.spent(job.model, config, job.numbers, tokens=tokens, say=note) as spend,
     ):
         if (slower := general_note(job.model, job.numbers.dtype)) is not None:
-            report("note", text=slower)
+            note(slower)
         return loop.train(
             job.model,
             job.batches,

@@ -4,8 +4,7 @@ Every decoder layer that runs as one function (layers/block.py) keeps what its b
 the card or in host memory. A run begins with the least, measures one warm step, and then spends what is left: layers
 keep everything from the last one down (their memory is free again when the first ones run backward), and of the others
 as many inputs as fit stay on the card. After four more steps the plan is corrected by what they took. The allocator is
-told the limit, so that a step beyond it fails, and is run again with less kept, rather than takes more. Without a limit
-layers keep everything until a step runs out of memory; from there on all that the card has is the budget.
+told the limit, so that a step beyond it fails, and is run again with less kept, rather than takes more.
 """
 
 from __future__ import annotations
@@ -31,20 +30,43 @@ from decal.training.step import Backward
 
 GIB = 2**30
 UNITS = {"kib": 2**10, "mib": 2**20, "gib": GIB, "kb": 10**3, "mb": 10**6, "gb": 10**9}
+FREE = "free"  # the setting that means all that the card has free
 CONTEXT = 0.6 * GIB  # of a CUDA context with its libraries, where it cannot be measured
 LARGEST_CONTEXT = 1.5 * GIB  # what is more than this is of other processes, too
 SPARE = 0.02  # of the budget: blocks of the allocator that no tensor fills
 WARM, SETTLED = 2, 4  # steps after which the plan is made, and corrected
 
 
-def parse(text: str) -> int:
-    """Return the bytes of a size such as "8GiB" or "7.5 GB". Raises ConfigError."""
+def parse(text: str) -> int | None:
+    """Return the bytes of a size such as "8GiB" or "7.5 GB", None for FREE. Raises ConfigError."""
+    if text.strip() == FREE:
+        return None
     found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([KMGkmg][iI]?[bB])\s*", text)
     if found is None or float(found[1]) == 0:
         raise ConfigError(
-            "train.memory must be a size with its unit", got=repr(text), fix="Write for example train.memory=8GiB."
+            "train.memory must be a size with its unit, or free",
+            got=repr(text),
+            fix="Write for example train.memory=8GiB.",
         )
     return int(float(found[1]) * UNITS[found[2].lower()])
+
+
+def limit_of(text: str, device: torch.device) -> int:
+    """Return the bytes that a setting means on `device`. Raises ConfigError."""
+    found = parse(text)
+    return there_on(device) if found is None else found
+
+
+def there_on(device: torch.device) -> int:
+    """Return the bytes of the card that this process has, or could have."""
+    return int(torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) + context_on(device))
+
+
+def context_on(device: torch.device) -> float:
+    """Return what CUDA and its libraries hold on the card besides torch's memory; they load more as they go."""
+    free, total = torch.cuda.mem_get_info(device)
+    others = total - free - torch.cuda.memory_reserved(device)
+    return others if 0 < others <= LARGEST_CONTEXT else CONTEXT
 
 
 class NoRoom(RunError):
@@ -89,34 +111,38 @@ def wants_embedding_on_host(model: nn.Module, config: RunConfig, device: torch.d
     layer = 2 * tokens_of(config) * (10 * width + 3 * inner) + 4 * width * inner
     logits = 2 * CHUNK["cuda"] * getattr(sizes, "vocab_size", 0)
     least = torch.cuda.memory_allocated(device) + states + layer + logits + CONTEXT
-    return least > (1 - SPARE) * parse(config.train.memory)
+    return least > (1 - SPARE) * limit_of(config.train.memory, device)
 
 
-def tokens_of(config: RunConfig) -> int:
-    """Return the tokens of the largest micro-batch, as wide as its rows are filled up to."""
-    length = config.data.max_length
+def tokens_of(config: RunConfig, largest: Batch | None = None) -> int:
+    """Return the tokens of the largest micro-batch (where it is not known, that may be), as its rows are filled up."""
+    length = config.data.max_length if largest is None else largest.input_ids.shape[1]
     return config.train.micro_batch * (width_of(length) if config.train.cuda_graphs else length)
 
 
 @contextmanager
 def spent(
-    model: nn.Module, config: RunConfig, numbers: Precision, say: Callable[[str], object]
+    model: nn.Module, config: RunConfig, numbers: Precision, *, tokens: int, say: Callable[[str], object]
 ) -> Iterator[Budget | None]:
     """Yield the budget of a run whose layers have been swapped (model/lean.py); the limit holds inside the block.
 
-    None where there is nothing to choose; a limit that cannot be kept is said.
+    None without a budget, or where it cannot be kept, which is said. `tokens` are those of the largest micro-batch.
     """
-    device, limit = numbers.device, None if config.train.memory is None else parse(config.train.memory)
+    device, limit = numbers.device, config.train.memory
     blocks = [module for module in model.modules() if isinstance(module, LeanBlock)]
-    general = not blocks or any(block.why_general(numbers.dtype) is not None for block in blocks)
-    if device.type != "cuda" or general or (limit is None and config.train.gradient_checkpointing):
-        if limit is not None and device.type != "cuda":
-            say("train.memory bounds a CUDA card's memory; here it changes nothing")
-        elif limit is not None:
-            say("train.memory changes nothing: it chooses what layers keep that run as one function each")
+    if limit is None:
+        yield None
+    elif device.type != "cuda":
+        say("train.memory bounds a CUDA card's memory; here it changes nothing")
+        yield None
+    elif not blocks or any(block.why_general(numbers.dtype) is not None for block in blocks):
+        say(
+            "train.memory changes nothing: it chooses what layers keep that run as one function each "
+            "(docs/performance.md)"
+        )
         yield None
     else:
-        spend = Budget(model, limit, tokens=tokens_of(config), numbers=numbers, say=say)
+        spend = Budget(model, limit_of(limit, device), tokens=tokens, numbers=numbers, say=say)
         try:
             yield spend
         finally:
@@ -127,25 +153,21 @@ class Budget:
     """The memory of one run on a card."""
 
     def __init__(
-        self, model: nn.Module, limit: int | None, *, tokens: int, numbers: Precision, say: Callable[[str], object]
+        self, model: nn.Module, limit: int, *, tokens: int, numbers: Precision, say: Callable[[str], object]
     ) -> None:
         """`tokens` are those of the largest micro-batch, `limit` is in bytes."""
         self.layers = [module for module in model.modules() if isinstance(module, LeanBlock)]
         self.tokens, self.device, self.say = tokens, numbers.device, say
         self.size = numbers.dtype.itemsize
-        self.limit: int | None = None
-        if limit is not None:
-            there = self._there()
-            if there < limit:
-                say(f"{there / GIB:.2f} GiB of the card's memory are free, less than train.memory: they are the budget")
-            self.limit = min(limit, there)
+        there = there_on(self.device)
+        if there < limit:
+            say(f"{there / GIB:.2f} GiB of the card's memory are free, less than train.memory: they are the budget")
+        self.limit = min(limit, there)
         self._begin()
 
     def context(self) -> float:
-        """Return what CUDA and its libraries hold on the card besides torch's memory; they load more as they go."""
-        free, total = torch.cuda.mem_get_info(self.device)
-        others = total - free - torch.cuda.memory_reserved(self.device)
-        return others if 0 < others <= LARGEST_CONTEXT else CONTEXT
+        """Return what the card holds besides torch's memory."""
+        return context_on(self.device)
 
     def guarded(self, run: Backward, forget: Callable[[], object]) -> Backward:
         """Return `run`, which starts anew with less kept where it runs out of memory. `forget` undoes recordings."""
@@ -178,8 +200,6 @@ class Budget:
     def stepped(self, forget: Callable[[], object]) -> None:
         """Note a finished step; make or correct the plan where it is time."""
         self.steps += 1
-        if self.limit is None:
-            return
         if self.steps == WARM - 1:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(self.device)
@@ -198,18 +218,12 @@ class Budget:
                     self._choose(plan, forget)
 
     def _begin(self) -> None:
-        """Begin with the least, to measure what is left of the limit; without one with everything."""
+        """Begin with the least, to measure what is left of the limit."""
         self.steps, self.ran_out = 0, False
-        self.plan = Plan(len(self.layers), 0) if self.limit is None else Plan(0, 0)
+        self.plan = Plan(0, 0)
         self._set(self.plan)
-        if self.limit is not None:
-            torch.cuda.empty_cache()
-            self._bound()
-
-    def _there(self) -> int:
-        """Return the bytes of the card that this process has or could have."""
-        free = torch.cuda.mem_get_info(self.device)[0]
-        return int(free + torch.cuda.memory_reserved(self.device) + self.context())
+        torch.cuda.empty_cache()
+        self._bound()
 
     def _choose(self, plan: Plan, forget: Callable[[], object]) -> None:
         self.plan = plan
@@ -217,7 +231,6 @@ class Budget:
         forget()
         torch.cuda.empty_cache()
         others = len(self.layers) - plan.keep
-        assert self.limit is not None, "there is a limit"
         self.say(
             f"of {len(self.layers)} layers {plan.keep} keep their activations, {others} are computed again in backward"
             f" ({others - plan.inputs} with their inputs in host memory), for a budget of {self.limit / GIB:.2f} GiB"
@@ -225,20 +238,12 @@ class Budget:
 
     def _less(self) -> None:
         """Keep less than now. Raises NoRoom where nothing is left to give up."""
-        if self.limit is None:
-            self.limit = self._there()
-            self._begin()
-            self.say(
-                "a step ran out of memory: from here on the card's memory is a budget, and layers keep what fits "
-                f"({self.limit / GIB:.2f} GiB)"
-            )
-            return
         if self.plan.keep == 0 and self.plan.inputs == 0:
             least = torch.cuda.max_memory_reserved(self.device) + self.context()
             raise NoRoom(
                 "the budget cannot be met: with every layer computed again and its input in host memory a step still "
                 "needs more",
-                got=f"a budget of {self.limit / GIB:.2f} GiB, and more than {least / GIB:.2f} GiB asked for",
+                got=f"train.memory={self.limit / GIB:.2f} GiB, and more than {least / GIB:.2f} GiB asked for",
                 fix="Shorten data.max_length, or use train.optimizer=adamw8bit or quantize=nf4.",
             )
         self.ran_out = True
@@ -249,7 +254,6 @@ class Budget:
 
     def _bound(self) -> None:
         """Tell torch's allocator the limit."""
-        assert self.limit is not None, "there is a limit"
         total = torch.cuda.mem_get_info(self.device)[1]
         share = min(1.0, max(0, self.limit - self.context()) / total)
         torch.cuda.set_per_process_memory_fraction(share, self.device.index)

@@ -98,6 +98,8 @@ def train(
     job = state.Training(model=model, optimizer=optimizer, scaler=scaler, batches=batches, progress=done)
     if resume is not None:
         state.load(resume, job)
+        if budget is not None:
+            budget.tokens = -(-budget.tokens // done.cut)
     first = done.step
     model.train()
     watch = Watch(model, optimizer, config, done.watch, warmup=todo.warmup)
