@@ -88,10 +88,7 @@ def _inner(model: nn.Module) -> Any:
 
 
 def general_note(model: nn.Module, dtype: torch.dtype) -> str | None:
-    """Return what is to be said of a swapped model on a card, computing in `dtype`, whose layers do not run as one
-
-    function each; None if they do.
-    """
+    """Return what to say of a swapped model on a card if its layers do not run as one function each, in `dtype`."""
     if not fuse.on(next(model.parameters()).device):
         return None
     blocks = [module for module in model.modules() if isinstance(module, LeanBlock)]
