@@ -97,9 +97,7 @@ def train(
     keep_rows = partial(not_finite.write, run, model=model, loss=loss, precision=precision, decode=decode)
     job = state.Training(model=model, optimizer=optimizer, scaler=scaler, batches=batches, progress=done)
     if resume is not None:
-        state.load(resume, job)
-        if budget is not None:
-            budget.tokens = -(-budget.tokens // done.cut)
+        _load(resume, job, budget)
     first = done.step
     model.train()
     watch = Watch(model, optimizer, config, done.watch, warmup=todo.warmup)
@@ -166,6 +164,12 @@ def _way_back(
     if budget is not None:
         run = budget.guarded(run, graphs.forget)
     return halving.guarded(run, done, say=note, forget=partial(_halved, graphs, budget))
+
+
+def _load(checkpoint: Path, job: state.Training, budget: Budget | None) -> None:
+    state.load(checkpoint, job)
+    if budget is not None:
+        budget.tokens = -(-budget.tokens // job.progress.cut)
 
 
 def _halved(graphs: Graphs, budget: Budget | None) -> None:
